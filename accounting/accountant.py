@@ -1,0 +1,274 @@
+"""The accountant: records events, answers for ε and δ, and refuses what a budget does not allow.
+
+Two rules can admit events to a budget, and the first plan decides which of them governs:
+
+- **Rényi filter**, if the first plan fits it. Later plans may be chosen after looking at earlier releases.
+- **One plan by PLD**, if the first plan fits the budget by the tighter account alone. Nothing more is ever
+  admitted then. Since the choice follows from the first plan's parameters, which were fixed before any
+  release, both are sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Literal, get_args
+
+from accounting import pld
+from accounting.budget import BudgetExceeded, PrivacyBudget, ReservationError
+from accounting.errors import UserError
+from accounting.events import (
+    Atom,
+    Composed,
+    Event,
+    NeighboringRelation,
+    Repeated,
+    atoms,
+    check_count,
+    check_number,
+    check_relation,
+)
+from accounting.filter import RenyiFilter
+from accounting.rdp import delta_from_rdp, epsilon_from_rdp, rdp
+
+Method = Literal["pld", "rdp"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Rule = Literal["none", "one plan by PLD", "Rényi filter"]
+_MOST_REPETITIONS = 10**12
+
+
+class PrivacyAccountant:
+    """Keeps count of what was released about one data set.
+
+    Args:
+        method: "pld" (privacy-loss distributions, tight) or "rdp" (Rényi, simple and looser).
+        budget: If given, `record` and `reserve` admit nothing that would exceed it.
+        neighboring_relation: Which data sets must be hard to tell apart, see
+            `accounting.events.NeighboringRelation`. An event that is not analysed under it is refused.
+        tolerance: Relative width at which `epsilon_bounds` stops narrowing.
+
+    Guarantee:
+        `epsilon(delta)` is an upper bound for everything recorded or reserved, provided that its
+        parameters were fixed in advance; where they were not, admit events under a budget, whose
+        guarantee is the budget itself.
+    """
+
+    def __init__(
+        self,
+        method: Method = "pld",
+        *,
+        budget: PrivacyBudget | None = None,
+        neighboring_relation: NeighboringRelation = "zero-out",
+        tolerance: float = pld.DEFAULT_TOLERANCE,
+    ) -> None:
+        if method not in METHODS:
+            raise UserError(f"The accountant's method must be one of {', '.join(METHODS)}. Got {method!r}.")
+        if budget is not None and not isinstance(budget, PrivacyBudget):
+            raise UserError(f"The budget must be a PrivacyBudget(epsilon, delta). Got {budget!r:.80}.")
+        self.method: Method = method
+        self.budget = budget
+        self.neighboring_relation = check_relation(neighboring_relation)
+        self.tolerance = check_number(tolerance, "tolerance", "PrivacyAccountant", low=0, high=1)
+        self._filter = None if budget is None else RenyiFilter(budget)
+        self._events: list[Event] = []
+        self._rule: Rule = "none"
+
+    # ------------------------------------------------------------ recording
+
+    def record(self, event: Event) -> None:
+        """Record `event` before it is released.
+
+        Raises:
+            BudgetExceeded: if there is a budget and the event does not fit; nothing is recorded then.
+            UnsupportedEvent: if the event has no proof under the accountant's relation.
+        """
+        with self.reserve(event) as reservation:
+            reservation.commit_all()
+
+    def reserve(self, event: Event) -> Reservation:
+        """Admit the whole of `event` (a plan) or nothing.
+
+        The returned reservation is a context manager. Commit to it before each release. What has not been
+        committed when the block ends is given back where that is sound: under the Rényi filter and
+        without a budget. One plan by PLD stays spent in full.
+
+        Raises:
+            BudgetExceeded: if it does not fit; nothing is recorded then.
+            UnsupportedEvent: if it has no proof under the accountant's relation.
+        """
+        rule = self._admit(event)
+        if rule is None:
+            raise self._refusal(event)
+        self._rule = rule
+        self._events.append(event)
+        return Reservation(self, event, len(self._events) - 1)
+
+    def fits(self, event: Event) -> bool:
+        """Whether `reserve(event)` would admit it. Changes nothing. True without a budget."""
+        return self._admit(event) is not None
+
+    def remaining(self, event: Event) -> int:
+        """How many more times `event` would be admitted, as one further plan. At most 10^12.
+
+        Raises:
+            UserError: if there is no budget.
+        """
+        if self.budget is None:
+            raise UserError("An accountant without a budget has no remainder; give it a PrivacyBudget.")
+        if not self.fits(event):
+            return 0
+        low, high = 1, 2
+        while high < _MOST_REPETITIONS and self.fits(Repeated(event, high)):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(Repeated(event, middle)) else (low, middle)
+        return low
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What was recorded or reserved, in order."""
+        return tuple(self._events)
+
+    @property
+    def event(self) -> Event:
+        """All of `events` as one."""
+        return Composed(self._events)
+
+    @property
+    def rule(self) -> Rule:
+        """Which rule governs the budget; "none" before the first plan and without a budget."""
+        return self._rule
+
+    # ------------------------------------------------------------ answers
+
+    def epsilon(self, delta: float) -> float:
+        """An upper bound on ε at `delta` for everything recorded or reserved."""
+        return self._epsilon_of(self._counts(self.event), delta)
+
+    def epsilon_bounds(self, delta: float) -> tuple[float, float]:
+        """(lower, upper) bounds on ε at `delta` for the dominating pair of the events.
+
+        The lower bound is one for that pair, by PLD under either method. It is no statement about how
+        well an attack on this training would do.
+        """
+        counts = self._counts(self.event)
+        lower, upper = pld.epsilon_bounds(counts, _check_delta(delta), self.tolerance)
+        if self.method == "rdp":
+            upper = self._epsilon_of(counts, delta)
+        return min(lower, upper), upper
+
+    def delta(self, epsilon: float) -> float:
+        """An upper bound on δ at `epsilon` for everything recorded or reserved."""
+        epsilon = check_number(epsilon, "epsilon", "delta()", low=0, high=1e9, closed="left")
+        counts = self._counts(self.event)
+        if self.method == "rdp":
+            return delta_from_rdp(rdp(counts), epsilon) if counts else 0.0
+        return pld.delta_bounds(counts, epsilon, self.tolerance)[1]
+
+    # ------------------------------------------------------------ inside
+
+    def _counts(self, event: Event) -> dict[Atom, int]:
+        return atoms(event, self.neighboring_relation)
+
+    def _epsilon_of(self, counts: Mapping[Atom, int], delta: float) -> float:
+        delta = _check_delta(delta)
+        if not counts:
+            return 0.0
+        if self.method == "rdp":
+            return epsilon_from_rdp(rdp(counts), delta)
+        return pld.epsilon_bounds(counts, delta, self.tolerance)[1]
+
+    def _admit(self, event: Event) -> Rule | None:
+        """The rule under which `event` would be admitted now, or None."""
+        if not isinstance(event, Event):
+            raise UserError(f"An accountant records events such as Gaussian(1.1). Got {event!r:.80}.")
+        counts = self._counts(Composed([*self._events, event]))
+        if self.budget is None or self._filter is None:
+            return "none"
+        if self._rule == "one plan by PLD":
+            return None
+        if self._filter.admits(counts):
+            return "Rényi filter"
+        if self._rule == "none" and self._epsilon_of(counts, self.budget.delta) <= self.budget.epsilon:
+            return "one plan by PLD"
+        return None
+
+    def _refusal(self, event: Event) -> BudgetExceeded:
+        budget, within = self.budget, self._filter
+        assert budget is not None and within is not None  # noqa: S101, PT018 - only budgets refuse
+        largest = self.remaining(event.event) if isinstance(event, Repeated) else None
+        together = self._counts(Composed([*self._events, event]))
+        if self._rule == "one plan by PLD":
+            reason = "it was given to one plan, judged by PLD, and nothing more may be admitted"
+            spent, asked = self.epsilon(budget.delta), self._epsilon_of(together, budget.delta)
+        elif self._rule == "Rényi filter":
+            reason = "the Rényi filter over all plans refuses it"
+            spent, asked = within.epsilon(self._counts(self.event)), within.epsilon(together)
+        else:
+            reason = "the plan alone costs more"
+            spent, asked = 0.0, self._epsilon_of(together, budget.delta)
+        return BudgetExceeded(budget, spent, event, asked, largest, reason)
+
+
+class Reservation:
+    """A plan that was admitted. Made by `PrivacyAccountant.reserve`; commit before each release.
+
+    A plan `Repeated(step, n)` has n parts; any other event has one.
+    """
+
+    def __init__(self, accountant: PrivacyAccountant, plan: Event, position: int) -> None:
+        self.plan = plan
+        self.step, self.parts = (plan.event, plan.count) if isinstance(plan, Repeated) else (plan, 1)
+        self.committed = 0
+        self._accountant = accountant
+        self._position = position
+        self._open = True
+
+    def commit(self, parts: int = 1) -> None:
+        """Note that `parts` of the plan are about to be released.
+
+        Raises:
+            ReservationError: if that is more than was reserved, or the block has ended. Do not release then.
+        """
+        parts = check_count(parts, "parts", "commit", low=1)
+        if not self._open:
+            raise ReservationError("The reservation is closed; reserve a new plan before releasing more.")
+        if self.committed + parts > self.parts:
+            raise ReservationError(
+                f"The plan has {self.parts} parts, {self.committed} are committed; {parts} more exceed it."
+            )
+        self.committed += parts
+
+    def commit_all(self) -> None:
+        """Commit what is left of the plan."""
+        if self.parts > self.committed:
+            self.commit(self.parts - self.committed)
+
+    @property
+    def committed_event(self) -> Event:
+        """What was committed so far, as an event."""
+        if self.committed == self.parts:
+            return self.plan
+        return Repeated(self.step, self.committed)
+
+    def close(self) -> None:
+        """End the reservation, giving back what was not committed where that is sound."""
+        if self._open and self._accountant.rule != "one plan by PLD":
+            self._accountant._events[self._position] = self.committed_event
+        self._open = False
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _check_delta(delta: float) -> float:
+    return check_number(delta, "delta", "epsilon()", low=0, high=1)

@@ -1,0 +1,16 @@
+"""A person's mistake, and an event that nobody can analyse."""
+
+
+class UserError(ValueError):
+    """A mistake in what a caller typed or passed.
+
+    The message is one line: what is wrong, which value, what to do. The command line prints it
+    without a traceback and exits with status 2.
+    """
+
+
+class UnsupportedEvent(UserError):
+    """An event for which the chosen accountant or neighbouring relation has no proof.
+
+    The message names the event and what could analyse it instead.
+    """

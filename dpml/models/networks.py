@@ -1,0 +1,98 @@
+"""The networks behind `dpml.models.build`, which validates what they are given."""
+
+import math
+
+import torch
+from torch import nn
+
+from accounting.errors import UserError
+
+
+def linear(example_shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Multinomial logistic regression on the flattened example."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(example_shape), classes))
+
+
+def mlp(example_shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Two hidden layers of 128 tanh units on the flattened example."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(example_shape), 128),
+        nn.Tanh(),
+        nn.Linear(128, 128),
+        nn.Tanh(),
+        nn.Linear(128, classes),
+    )
+
+
+def cnn(example_shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """The tanh convolutional networks of Papernot et al. 2020, and a smaller one.
+
+    ===============  ====================================================
+    images           network
+    ===============  ====================================================
+    a side below 20  16 and 32 filters of 3×3, each pooled; 32 units
+    one channel      the paper's for MNIST (28×28: 26,010 parameters)
+    more channels    the paper's for CIFAR-10 (3×32×32: 550,570 parameters)
+    ===============  ====================================================
+
+    A last map larger than 4×4, which is what both of the paper's networks end in, is averaged down
+    to 4×4. The number of parameters, and with it the norm of the noise, thus stops to grow
+    with the image.
+
+    Raises:
+        UserError: `example_shape` is not `(channels, height, width)`, or a side is below 4.
+    """
+    if len(example_shape) != 3 or min(example_shape[1:]) < 4:
+        raise UserError(
+            f"The model 'cnn' needs images of shape (channels, height, width), at least 4×4, got "
+            f"{example_shape}: choose 'mlp' or 'linear'."
+        )
+    channels = example_shape[0]
+    if min(example_shape[1:]) < 20:
+        body, hidden = _small(channels), 32
+    elif channels == 1:
+        body, hidden = _mnist(), 32
+    else:
+        body, hidden = _cifar(channels), 128
+    with torch.no_grad():  # the shape of the last map, from one blank image
+        filters, *sides = nn.Sequential(*body)(torch.zeros(1, *example_shape)).shape[1:]
+    if max(sides) > 4:
+        sides = [min(side, 4) for side in sides]
+        body.append(nn.AdaptiveAvgPool2d((sides[0], sides[1])))
+    return nn.Sequential(
+        *body,
+        nn.Flatten(),
+        nn.Linear(filters * math.prod(sides), hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, classes),
+    )
+
+
+def _small(channels: int) -> list[nn.Module]:
+    """Quarter the sides: 8×8 digits end in 32 maps of 2×2."""
+    layers: list[nn.Module] = []
+    for before, after in ((channels, 16), (16, 32)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)]
+    return layers
+
+
+def _mnist() -> list[nn.Module]:
+    """28×28 images end in 32 maps of 4×4."""
+    return [
+        nn.Conv2d(1, 16, 8, stride=2, padding=3),
+        nn.Tanh(),
+        nn.MaxPool2d(2, stride=1),
+        nn.Conv2d(16, 32, 4, stride=2),
+        nn.Tanh(),
+        nn.MaxPool2d(2, stride=1),
+    ]
+
+
+def _cifar(channels: int) -> list[nn.Module]:
+    """Divide the sides by eight: 32×32 images end in 128 maps of 4×4."""
+    layers: list[nn.Module] = []
+    for before, after in ((channels, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.Tanh()]
+        layers += [nn.Conv2d(after, after, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)]
+    return layers
