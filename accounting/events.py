@@ -51,8 +51,9 @@ def check_number(
     """
     left, right = closed in ("left", "both"), closed in ("right", "both")
     interval = f"{'[' if left else '('}{low:g}, {high:g}{']' if right else ')'}"
-    if isinstance(value, Real) and type(value) is not bool:
-        number = float(value)
+    real = None if isinstance(value, bool) else value
+    if isinstance(real, Real):
+        number = float(real)
         above = number >= low if left else number > low
         below = number <= high if right else number < high
         if math.isfinite(number) and above and below:
@@ -62,8 +63,9 @@ def check_number(
 
 def check_count(value: object, name: str, owner: str, *, low: int = 0) -> int:
     """Return `value` as an int if it is a whole number of at least `low`; raise UserError otherwise."""
-    if isinstance(value, Integral) and type(value) is not bool and low <= int(value) <= 10**15:
-        return int(value)
+    whole = None if isinstance(value, bool) else value
+    if isinstance(whole, Integral) and low <= int(whole) <= 10**15:
+        return int(whole)
     raise UserError(
         f"The '{name}' parameter of {owner} must be a whole number from {low} to 10^15. Got {value!r}."
     )
