@@ -279,7 +279,7 @@ def atoms(event: Event, relation: NeighboringRelation = "zero-out") -> dict[Atom
     """
     counts: dict[Atom, int] = {}
     _collect(event, 1, counts)
-    counts = _merge_gaussians(counts)
+    counts = merge_gaussians(counts)
     if relation == "replace-one":
         counts = {_doubled_sensitivity(atom): count for atom, count in counts.items()}
     return counts
@@ -319,7 +319,7 @@ def _sampled(event: PoissonSampled) -> dict[Atom, int]:
     q = event.sampling_probability
     inner: dict[Atom, int] = {}
     _collect(event.event, 1, inner)
-    inner = _merge_gaussians(inner)
+    inner = merge_gaussians(inner)
     if q == 1:
         return inner
     if q == 0 or not inner:
@@ -336,7 +336,8 @@ def _sampled(event: PoissonSampled) -> dict[Atom, int]:
     return {Atom(atom.noise, atom.scale, atom.q * q): 1}
 
 
-def _merge_gaussians(counts: dict[Atom, int]) -> dict[Atom, int]:
+def merge_gaussians(counts: dict[Atom, int]) -> dict[Atom, int]:
+    """Replace all unsampled Gaussians by the one that they compose to, exactly."""
     plain = {a: k for a, k in counts.items() if a.noise == "gaussian" and a.q == 1}
     if sum(plain.values()) <= 1:
         return counts

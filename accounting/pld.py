@@ -21,7 +21,7 @@ directions). The tilted sum is the saddle-point view of Alghamdi et al. 2023, ev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ import numpy.typing as npt
 from scipy import fft, optimize
 from scipy.special import log_ndtr
 
-from accounting.events import Atom
+from accounting.events import Atom, merge_gaussians
 from accounting.pairs import UNIT, Direction, Lattice, cells, loss_range
 from accounting.rdp import best_order, delta_from_rdp, epsilon_from_rdp, rdp
 
@@ -64,17 +64,64 @@ def epsilon_bounds(
     exact = _only_gaussian(counts)
     if exact is not None:
         return _widen(_gaussian_epsilon(exact.scale, delta), 1e-9)
-    rho = rdp(counts)
-    renyi = min(epsilon_from_rdp(rho, delta), _pure_epsilon(counts))
+    lower, upper, _ = _bracket(counts, delta, tolerance)
+    return lower, upper
+
+
+def epsilon_curve(
+    counts: Mapping[Atom, int], multiples: Sequence[int], delta: float, tolerance: float = 0.02
+) -> list[tuple[float, float]]:
+    """Return `epsilon_bounds` after each of several numbers of runs of `counts`.
+
+    The lattices are made once, for the largest multiple, and serve all others.
+
+    Args:
+        counts: One run, from `accounting.events.atoms`.
+        multiples: How many runs, each at least 0.
+        delta: In (0, 1).
+        tolerance: As for `epsilon_bounds`, for the largest multiple.
+    """
+    most = max(multiples, default=0)
+    whole = {atom: count * most for atom, count in counts.items()}
+    if most == 0 or not counts or Atom.NON_PRIVATE in counts or _only_gaussian(whole):
+        return [epsilon_bounds(_times(counts, m), delta, tolerance) for m in multiples]
+    _, _, grid = _bracket(whole, delta, tolerance)
+    return [_curve_point(counts, grid, m, most, delta) for m in multiples]
+
+
+def _curve_point(
+    counts: Mapping[Atom, int], grid: _Grid, multiple: int, most: int, delta: float
+) -> tuple[float, float]:
+    if multiple == 0:
+        return 0.0, 0.0
+    some = _times(counts, multiple)
+    rho = rdp(some)
     tilt = best_order(rho, delta) - 1
-    lower, upper = 0.0, renyi
-    for grid in _grids(counts, renyi, tilt, tolerance):
+    upper = min(epsilon_from_rdp(rho, delta), _pure_epsilon(some))
+    lowers = [[(x, k // most * multiple) for x, k in parts] for parts in grid.lower]
+    uppers = [[(x, k // most * multiple) for x, k in parts] for parts in grid.upper]
+    lower = max(_epsilon(p, delta, tilt, upper=False) for p in lowers)
+    upper = min(upper, max(_epsilon(p, delta, tilt, upper=True) for p in uppers))
+    return lower, max(lower, upper)
+
+
+def _times(counts: Mapping[Atom, int], multiple: int) -> dict[Atom, int]:
+    """The counts of `multiple` runs, unsampled Gaussians merged as `atoms` does."""
+    return merge_gaussians({atom: count * multiple for atom, count in counts.items() if multiple})
+
+
+def _bracket(counts: Mapping[Atom, int], delta: float, tolerance: float) -> tuple[float, float, _Grid]:
+    """Narrow a bracket on ε from coarse to fine; the last grid serves for other questions."""
+    rho = rdp(counts)
+    tilt = best_order(rho, delta) - 1
+    lower, upper = 0.0, min(epsilon_from_rdp(rho, delta), _pure_epsilon(counts))
+    for grid in _grids(counts, upper, tilt, tolerance):
         lower = max(lower, *(_epsilon(p, delta, tilt, upper=False) for p in grid.lower))
         upper = min(upper, max(_epsilon(p, delta, tilt, upper=True) for p in grid.upper))
         upper = max(lower, upper)
         if not grid.refine(upper - lower, tolerance * upper + 1e-9):
             break
-    return lower, upper
+    return lower, upper, grid
 
 
 def delta_bounds(
@@ -114,9 +161,8 @@ def delta_bounds(
 
 def _only_gaussian(counts: Mapping[Atom, int]) -> Atom | None:
     """The one unsampled Gaussian that `counts` consists of, or None."""
-    [atom, *others] = counts
-    alone = not others and atom.noise == "gaussian" and atom.q == 1 and counts[atom] == 1
-    return atom if alone else None
+    [atom, *others] = merge_gaussians(dict(counts))
+    return atom if not others and atom.noise == "gaussian" and atom.q == 1 else None
 
 
 def _log_gaussian_delta(sigma: float, epsilon: float) -> float:
@@ -240,6 +286,14 @@ def _tilted_mass(lattice: Lattice, tilt: float) -> tuple[float, FloatArray]:
     weight = np.exp(exponent - top)
     total = float(weight.sum())
     return top + math.log(total), weight / total
+
+
+def _log_moment(lattice: Lattice, tilt: float) -> float:
+    """log Σ mass·e^{θ·loss} over the finite losses."""
+    exponent = lattice.log_mass + tilt * lattice.losses
+    top = float(exponent.max())
+    exponent -= top
+    return top + math.log(float(np.exp(exponent, out=exponent).sum()))
 
 
 def _tilt_for(parts: list[Part], epsilon: float, guess: float) -> float:
@@ -397,8 +451,8 @@ def _window(parts: list[Part], tilt: float, cumulants: tuple[float, float, float
     ends = []
     for sign, limit in ((-1, range_below), (1, range_above)):
         best = limit
-        for t in np.array([0.25, 0.5, 1.0]) * math.sqrt(2 * log_target) / deviation:
-            moved, _, _ = _cumulants(parts, tilt + sign * t)
+        for t in np.array([0.4, 0.9]) * math.sqrt(2 * log_target) / deviation:
+            moved = sum(k * _log_moment(lattice, tilt + sign * t) for lattice, k in parts)
             best = min(best, (moved - value - sign * t * mean + log_target) / t)
         ends.append(max(best, 0.0))
     return ends[0], ends[1]

@@ -1,0 +1,87 @@
+"""The mechanism of one DP-SGD step: sampler, clipping and noise in one object, and the event that they are.
+
+The object that draws the sample, clips and adds the noise is the one that says which event that is. Nobody
+types a sampling probability or a noise multiplier twice, so what is accounted is what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from accounting import Event, Gaussian, Repeated, Reservation, UserError
+from accounting.events import check_number
+from dpml.data.samplers import PoissonSampler
+from dpml.gradients.engine import ClippedSum, Clipping, Engine, Loss, MicroBatch
+from dpml.noise import GaussianNoise
+
+
+@dataclass(frozen=True, eq=False)
+class SampledGaussianMechanism:
+    """A Poisson sample's clipped gradients, summed, with Gaussian noise (Abadi et al. 2016, Algorithm 1).
+
+    Guarantee: `release` returns the sum plus N(0, (noise_multiplier·C)²) in every coordinate, after
+    committing to the reservation; one record moves the sum by at most C·(1 + slack) under zero-out or
+    add-or-remove-one. `event` states just that.
+
+    Attributes:
+        sampler: Draws each step's sample.
+        clipping: Bounds each example's gradient.
+        noise: The noise and its randomness.
+        engine: Computes the clipped sums, and states its slack.
+    """
+
+    sampler: PoissonSampler
+    clipping: Clipping
+    noise: GaussianNoise
+    engine: Engine
+
+    @property
+    def event(self) -> Event:
+        """The event of one step. The noise multiplier is that over the sensitivity, slack included."""
+        return self.sampler.event(gaussian_event(self.noise.noise_multiplier, self.engine.slack))
+
+    def plan(self, steps: int) -> Repeated:
+        """The event of `steps` steps."""
+        return Repeated(self.event, steps)
+
+    def clipped_sum(self, model: nn.Module, loss: Loss, batches: Iterable[MicroBatch]) -> ClippedSum:
+        """The sum over the sample in `batches`, before noise."""
+        clipped = self.engine.clipped_sum(model, loss, batches, self.clipping)
+        if clipped.slack > self.engine.slack:
+            raise RuntimeError(
+                f"The engine exceeded its slack, {clipped.slack:g} > {self.engine.slack:g}: no release."
+            )
+        return clipped
+
+    def release(self, clipped: ClippedSum, reservation: Reservation) -> list[Tensor]:
+        """Commit one step, then draw the noise, then return the noisy sum, float64, one tensor a parameter.
+
+        Raises:
+            ReservationError: if the reservation does not allow another step; no noise is drawn then.
+        """
+        if reservation.step != self.event:
+            raise UserError(
+                f"The reservation is for {reservation.step}, but this mechanism runs {self.event}; "
+                "reserve mechanism.plan(steps)."
+            )
+        reservation.commit(1)
+        noises = self.noise.draw([g.shape for g in clipped.gradients], self.clipping.norm)
+        return [
+            gradient + noise.to(gradient.device)
+            for gradient, noise in zip(clipped.gradients, noises, strict=True)
+        ]
+
+
+def gaussian_event(noise_multiplier: float, slack: float) -> Gaussian:
+    """Gaussian noise for a sensitivity of C·(1 + slack), where the multiplier is over C."""
+    slack = check_number(slack, "slack", "an engine", low=0, high=1, closed="both")
+    return Gaussian(noise_multiplier / (1 + slack))
+
+
+def set_gradients(parameters: Iterable[nn.Parameter], sums: Iterable[Tensor], divisor: float) -> None:
+    """Set each parameter's gradient to its sum over `divisor`, in the parameter's own type."""
+    for parameter, total in zip(parameters, sums, strict=True):
+        parameter.grad = (total / divisor).to(dtype=parameter.dtype, device=parameter.device)
