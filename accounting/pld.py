@@ -289,7 +289,7 @@ def _tilted_mass(lattice: Lattice, tilt: float) -> tuple[float, FloatArray]:
 
 
 def _log_moment(lattice: Lattice, tilt: float) -> float:
-    """log Σ mass·e^{θ·loss} over the finite losses."""
+    """Log Σ mass·e^{θ·loss} over the finite losses."""
     exponent = lattice.log_mass + tilt * lattice.losses
     top = float(exponent.max())
     exponent -= top

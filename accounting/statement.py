@@ -1,0 +1,146 @@
+"""The privacy statement: what is protected, from what, by how much, in words for a reviewer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accounting.events import NeighboringRelation
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyFacts:
+    """What a statement is made of. All of it is public.
+
+    Attributes:
+        dataset: What the private data is called.
+        method: The training method, in words.
+        status: "completed" or "stopped".
+        relation: The neighbouring relation.
+        n_is_public: Whether the number of records is taken to be public.
+        epsilon: The guarantee: ε of the whole plan, an upper bound.
+        epsilon_lower: A lower bound on the same for the dominating pair.
+        epsilon_spent: ε of what was executed: an odometer reading.
+        delta: δ.
+        accountant: "pld" or "rdp".
+        noise_multiplier: Standard deviation of the noise over the clip norm.
+        clip_norm: The clip norm.
+        sensitivity_slack: How much the arithmetic may exceed the clip norm, relatively.
+        sampling_probability: Of each record in each step.
+        expected_batch_size: The divisor of the noisy sums.
+        planned_steps: Steps that were reserved.
+        steps: Steps that were released.
+        noise_is_secret: Whether noise and sampling are unpredictable.
+        test_set_is_public: Whether the test set is that of a public benchmark.
+        not_private_logs: Whether private figures were logged beside the results.
+    """
+
+    dataset: str
+    method: str
+    status: str
+    relation: NeighboringRelation
+    n_is_public: bool
+    epsilon: float
+    epsilon_lower: float
+    epsilon_spent: float
+    delta: float
+    accountant: str
+    noise_multiplier: float
+    clip_norm: float
+    sensitivity_slack: float
+    sampling_probability: float
+    expected_batch_size: float
+    planned_steps: int
+    steps: int
+    noise_is_secret: bool
+    test_set_is_public: bool
+    not_private_logs: bool
+
+
+_RELATIONS: dict[NeighboringRelation, str] = {
+    "zero-out": "two data sets are neighbours if one has a record where the other has one that contributes "
+    "nothing (zero-out)",
+    "add-or-remove-one": "two data sets are neighbours if one has a record more than the other "
+    "(add-or-remove-one)",
+    "replace-one": "two data sets are neighbours if they differ in one record (replace-one)",
+}
+
+
+def statement(facts: PrivacyFacts) -> str:
+    """Return the statement in Markdown."""
+    f = facts
+    warning = (
+        ""
+        if f.noise_is_secret
+        else "> **Not for release.** Noise and sampling came from a known seed: whoever has it can remove the "
+        "noise. The figures below hold for the same run with secret randomness.\n\n"
+    )
+    stopped = (
+        ""
+        if f.status == "completed"
+        else f"The run was stopped after {f.steps:,} of {f.planned_steps:,} steps. If the moment was chosen by "
+        "someone who saw results, what was spent until then is an odometer reading and no guarantee. The "
+        f"guarantee is that of the whole plan, above. The reading: ε = {_up(f.epsilon_spent)}.\n\n"
+    )
+    size = (
+        "the number of training records"
+        if f.n_is_public
+        else "nothing about the training records, their number included"
+    )
+    test = (
+        "The test set is that of a public benchmark."
+        if f.test_set_is_public
+        else "The test set you gave is taken to be public: accuracy on it is released exactly."
+    )
+    logs = (
+        "\n- **Logged beside this run** under `not_private/`: loss, gradient norms and the share of clipped "
+        "gradients. They are computed from private records without noise. Do not publish them."
+        if f.not_private_logs
+        else ""
+    )
+    return f"""# Privacy statement
+
+{warning}The model trained on `{f.dataset}` by {f.method} satisfies **(ε, δ)-differential privacy with ε = \
+{_up(f.epsilon)} and δ = {f.delta:g}**.
+
+{stopped}- **What is protected**: each single record of the training set: {_RELATIONS[f.relation]}.
+- **What that means**: whoever sees the model, and every model on the way to it, and knows all other records, \
+can hardly tell whether or how one record took part. Any event is at most e^ε ≈ {_power(f.epsilon)} times as \
+likely with the record as without it, up to δ.
+- **What is public**: {size}, the form of a record (shape, number of classes), and every setting in \
+`summary.json`.
+- **What is covered**: the weights after every step. {test}
+- **What is not covered**: records that appear several times or belong to the same person (protection weakens \
+with the number of such records); choices made by looking at the private data, such as hyperparameters tuned on \
+it; timing and memory use.{logs}
+
+| | |
+| --- | --- |
+| mechanism | Gaussian noise on the sum of clipped gradients of a Poisson sample |
+| clip norm, noise multiplier | {f.clip_norm:g}, {f.noise_multiplier:.6g} |
+| sampling probability | {f.sampling_probability:.6g} (expected batch size {f.expected_batch_size:g}) |
+| steps planned, released | {f.planned_steps:,}, {f.steps:,} |
+| slack of the clipping, charged | {f.sensitivity_slack:g} |
+| accountant | {_ACCOUNTANTS[f.accountant]} |
+| ε, upper bound (the guarantee) | {_up(f.epsilon)} |
+| ε, lower bound for the dominating pair | {f.epsilon_lower:.4f} |
+| noise and sampling | {"secret, keyed by the operating system" if f.noise_is_secret else "SEEDED, not secret"} |
+
+The events behind these figures are in `privacy_events.json`; \
+`dpml account --events privacy_events.json --delta {f.delta:g}` recomputes ε.
+"""
+
+
+_ACCOUNTANTS = {
+    "pld": "privacy-loss distributions, certified from both sides",
+    "rdp": "Rényi differential privacy",
+}
+
+
+def _up(value: float) -> str:
+    """Four decimals, rounded up: a statement never says less than the bound."""
+    rounded = round(value, 4)
+    return f"{rounded if rounded >= value else rounded + 1e-4:.4f}"
+
+
+def _power(epsilon: float) -> str:
+    return f"{2.718281828459045**epsilon:,.3g}" if epsilon < 500 else "∞"

@@ -1,0 +1,297 @@
+"""The `dpml` command.
+
+Exit status: 0 for success, 1 if a run diverged or the machine failed, 2 for a wrong call (with one line that
+says what to change), 3 where the budget does not allow the run, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from accounting import (
+    BudgetExceeded,
+    NeighboringRelation,
+    PrivacyAccountant,
+    PrivacyBudget,
+    Repeated,
+    UnreachableBudget,
+    UserError,
+    calibrate_noise_multiplier,
+)
+from accounting.events import PoissonSampled, check_number, check_relation
+from dpml.config import DPSGDConfig, DPSGDRun, SamplingPlan
+from dpml.options import options_from, typed
+
+OK, FAILED, WRONG_CALL, NO_BUDGET, INTERRUPTED = 0, 1, 2, 3, 130
+_QUESTION = ("batch_size", "epochs", "sampling_probability", "neighboring_relation", "accountant")
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": False}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status. A user's mistake gets one line, never a traceback."""
+    try:
+        status = dpml.main(arguments, prog_name="dpml", standalone_mode=False)
+        return status if isinstance(status, int) else OK
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return WRONG_CALL
+    except click.ClickException as error:
+        return _complain(error.format_message(), WRONG_CALL)
+    except (BudgetExceeded, UnreachableBudget) as error:
+        return _complain(str(error), NO_BUDGET)
+    except UserError as error:
+        return _complain(str(error), WRONG_CALL)
+    except (KeyboardInterrupt, click.Abort):
+        return _complain("Interrupted; nothing was trained.", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return FAILED
+    except OSError as error:
+        return _complain(f"{error.strerror or error} ({error.filename or 'no file'}).", FAILED)
+
+
+def _complain(message: str, status: int) -> int:
+    click.echo(f"dpml: error: {' '.join(message.split())}", err=True)
+    return status
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="dpml", prog_name="dpml")
+def dpml() -> None:
+    """Train models with differential privacy and never lose count of what that cost."""
+
+
+# ---------------------------------------------------------------- train
+
+
+@dpml.group()
+def train() -> None:
+    """Train a model."""
+
+
+@train.command("dpsgd")
+@options_from(DPSGDRun, required=("dataset",))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="A new folder for everything the run leaves; by default runs/DATASET-dpsgd-TIME.",
+)
+def train_dpsgd(output: Path | None, **values: Any) -> int:
+    """Train with DP-SGD: a budget in (--epsilon), or noise in (--noise-multiplier) and ε out.
+
+    What is not given comes from the data set's default recipe.
+    """
+    from dpml.dpsgd import run_dpsgd
+    from dpml.tracking import ProgressLine
+
+    run = _configuration(typed(values))
+    if output is None:
+        now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        output = Path("runs") / f"{Path(run.dataset).stem}-dpsgd-{now}"
+    result = run_dpsgd(run, output=output, trackers=[ProgressLine(Path(run.dataset).name)])
+    _show_run(result.summary, output)
+    return {"completed": OK, "stopped": INTERRUPTED}.get(result.status, FAILED)
+
+
+def _configuration(given: dict[str, Any]) -> DPSGDRun:
+    """What was typed, over the data set's default recipe."""
+    from dpml.registry import default_run
+
+    private = not given.get("non_private", False)
+    recipe = default_run("dpsgd", given["dataset"], private=private)
+    base = {} if recipe is None else dict(vars(recipe))
+    # The wish for privacy is the caller's alone: a recipe's own ε, δ or noise never stands in for it.
+    for wish in ("epsilon", "noise_multiplier", "delta", "non_private"):
+        base.pop(wish, None)
+    return DPSGDRun(**{**base, **given})
+
+
+def _show_run(summary: dict[str, Any], output: Path) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    if summary["epsilon"] is None:
+        table.add_row("ε", "∞ (no privacy)")
+    else:
+        table.add_row("ε", f"{summary['epsilon']:.4f} at δ = {summary['delta']:g} ({_relation(summary)})")
+        table.add_row("noise multiplier", f"{summary['noise_multiplier']:.4f}")
+    if summary["test_accuracy"] is not None:
+        table.add_row("test accuracy", f"{summary['test_accuracy']:.2%}")
+    table.add_row("training", f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s")
+    table.add_row("output", str(output))
+    table.add_row("curves", f"tensorboard --logdir {output}")
+    Console(highlight=False).print(table)
+    if summary["status"] == "stopped":
+        _say_stopped(summary)
+    if summary["status"] == "diverged":
+        click.echo("dpml: the weights are not finite any more; lower the learning rate.", err=True)
+    if summary["noise_is_secret"] is False:
+        click.echo("dpml: noise came from a known seed; this run is not for release.", err=True)
+
+
+def _say_stopped(summary: dict[str, Any]) -> None:
+    done = f"Stopped after {summary['steps']:,} of {summary['planned_steps']:,} steps; the model is kept."
+    if summary["epsilon"] is not None:
+        done += (
+            f" Spent until here: ε = {summary['epsilon_spent']:.4f} (a reading). The guarantee is the whole "
+            f"plan's: ε = {summary['epsilon']:.4f}."
+        )
+    click.echo(f"dpml: {done}", err=True)
+
+
+def _relation(summary: dict[str, Any]) -> str:
+    public = ", number of records public" if summary["n_is_public"] else ""
+    return f"{summary['neighboring_relation']}{public}"
+
+
+# ---------------------------------------------------------------- account
+
+
+@dpml.group(invoke_without_command=True)
+@click.option("--events", type=click.Path(path_type=Path), help="A run's privacy_events.json.")
+@click.option("--delta", type=float, help="δ, in (0, 1).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def account(ctx: click.Context, events: Path | None, delta: float | None, as_json: bool) -> None:
+    """Compute ε, of a plan in numbers or of the events that a run recorded."""
+    if ctx.invoked_subcommand is not None:
+        if events is not None or delta is not None:
+            raise click.UsageError(f"Put the options behind {ctx.invoked_subcommand!r}.")
+        return
+    if events is None or delta is None:
+        raise click.UsageError("Give --events FILE and --delta, or use 'dpml account dpsgd'.")
+    from dpml.outputs import read_events
+
+    planned, committed, record = read_events(events)
+    relation = check_relation(record.get("neighboring_relation"))
+    method = record.get("accountant", "pld")
+    answers = {"planned": planned, "committed": committed}
+    report: dict[str, Any] = {"delta": delta, "neighboring_relation": relation, "accountant": method}
+    for name, parts in answers.items():
+        accountant = PrivacyAccountant(method, neighboring_relation=relation)
+        for event in parts:
+            accountant.record(event)
+        lower, upper = accountant.epsilon_bounds(delta)
+        prefix = "" if name == "planned" else "committed_"
+        report |= {f"{prefix}epsilon": upper, f"{prefix}epsilon_lower": lower}
+    _print(report, as_json)
+
+
+_plan_options = options_from(DPSGDConfig, only=_QUESTION)
+
+
+def _dpsgd_question(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that `account dpsgd` and `calibrate dpsgd` share."""
+    examples = click.option("--examples", type=int, help="Number of training records n.")
+    delta = click.option("--delta", type=float, required=True, help="δ, in (0, 1).")
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    return examples(_plan_options(delta(as_json(command))))
+
+
+@account.command("dpsgd")
+@_dpsgd_question
+@click.option("--noise-multiplier", type=float, required=True, help="Standard deviation over clip norm.")
+def account_dpsgd(noise_multiplier: float, delta: float, as_json: bool, **values: Any) -> None:
+    """The ε of DP-SGD with a given noise."""
+    from dpml.gradients import OpacusEngine
+    from dpml.mechanism import gaussian_event
+
+    sampling, method = _sampling(values)
+    noise_multiplier = check_number(noise_multiplier, "noise_multiplier", "a run", low=0, high=1e7)
+    event = gaussian_event(noise_multiplier, OpacusEngine.slack)
+    accountant = PrivacyAccountant(method, neighboring_relation=sampling.neighboring_relation)
+    accountant.record(Repeated(PoissonSampled(event, sampling.sampling_probability), sampling.steps))
+    lower, upper = accountant.epsilon_bounds(delta)
+    report = {"epsilon": upper, "epsilon_lower": lower, "noise_multiplier": noise_multiplier}
+    _print({**report, **_facts(sampling, delta, method, OpacusEngine.slack)}, as_json)
+
+
+@dpml.group()
+def calibrate() -> None:
+    """Find the noise for a budget."""
+
+
+@calibrate.command("dpsgd")
+@_dpsgd_question
+@click.option("--epsilon", type=float, required=True, help="The budget ε.")
+def calibrate_dpsgd(epsilon: float, delta: float, as_json: bool, **values: Any) -> None:
+    """The least noise multiplier with which DP-SGD stays within ε."""
+    from dpml.gradients import OpacusEngine
+    from dpml.mechanism import gaussian_event
+
+    sampling, method = _sampling(values)
+    budget = PrivacyBudget(epsilon, delta)
+
+    def plan(noise_multiplier: float) -> Repeated:
+        event = gaussian_event(noise_multiplier, OpacusEngine.slack)
+        return Repeated(PoissonSampled(event, sampling.sampling_probability), sampling.steps)
+
+    relation: NeighboringRelation = sampling.neighboring_relation
+    sigma = calibrate_noise_multiplier(plan, budget, method=method, neighboring_relation=relation)
+    accountant = PrivacyAccountant(method, neighboring_relation=relation)
+    accountant.record(plan(sigma))
+    lower, upper = accountant.epsilon_bounds(delta)
+    report = {"noise_multiplier": sigma, "target_epsilon": epsilon, "epsilon": upper, "epsilon_lower": lower}
+    _print({**report, **_facts(sampling, delta, method, OpacusEngine.slack)}, as_json)
+
+
+def _sampling(values: dict[str, Any]) -> tuple[SamplingPlan, Any]:
+    given = typed(values)
+    method = given.pop("accountant", "pld")
+    for needed in ("batch_size", "epochs"):
+        if needed not in given:
+            raise click.UsageError(f"Missing option '--{needed.replace('_', '-')}'.")
+    return SamplingPlan.of(examples=given.pop("examples", None), **given), method
+
+
+def _facts(sampling: SamplingPlan, delta: float, method: str, slack: float) -> dict[str, Any]:
+    return {
+        "delta": delta,
+        "steps": sampling.steps,
+        "sampling_probability": sampling.sampling_probability,
+        "expected_batch_size": sampling.expected_batch_size,
+        "neighboring_relation": sampling.neighboring_relation,
+        "n_is_public": sampling.n_is_public,
+        "accountant": method,
+        "sensitivity_slack": slack,
+    }
+
+
+def _print(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        finite = {k: None if v == float("inf") else v for k, v in report.items()}
+        click.echo(json.dumps(finite, indent=2, ensure_ascii=False))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in report.items():
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        table.add_row(key.replace("_", " "), text)
+    Console(highlight=False).print(table)
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@dpml.command()
+def recipes() -> None:
+    """List the recipes: complete configurations, which `train` takes a data set's defaults from."""
+    from dpml.registry import recipe_entries
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe")
+    table.add_column("what")
+    for name, entry in recipe_entries().items():
+        table.add_row(name, (entry.load().__doc__ or "").strip().splitlines()[0])
+    Console(highlight=False).print(table)
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())

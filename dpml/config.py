@@ -1,0 +1,207 @@
+"""The configuration of a DP-SGD run. The command line is generated from it.
+
+A field's docstring is its help text. `DPSGDConfig` is what `dpml.train_dpsgd` needs beside a model and data;
+`DPSGDRun` adds what names them, and is a complete run: what recipes return and `summary.json` keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from accounting import Method, NeighboringRelation, PrivacyBudget, UserError
+from accounting.accountant import METHODS
+from accounting.events import check_count, check_number, check_relation
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPSGDConfig:
+    """How to train with DP-SGD. Give a budget (epsilon) or a noise multiplier, not both."""
+
+    epsilon: float | None = None
+    """Privacy budget ε: the noise is chosen such that the whole run costs at most this."""
+    delta: float | None = None
+    """Privacy parameter δ, well below one over the number of records; 1e-5 is customary for 60,000."""
+    noise_multiplier: float | None = None
+    """Noise instead of a budget: its standard deviation over the clip norm. ε follows from it."""
+    non_private: bool = False
+    """Train without clipping and noise: the ceiling that privacy is measured against."""
+    epochs: float = 20
+    """Passes over the data, in expectation: steps = epochs × records / batch size, rounded down."""
+    batch_size: int = 256
+    """Expected batch size B. The noisy sum is divided by it, whatever the size of a sample."""
+    sampling_probability: float | None = None
+    """Probability of each record to be in a batch, as a number chosen without looking at the number of
+    records. Needed for the relation add-or-remove-one; by default B / records."""
+    neighboring_relation: NeighboringRelation | None = None
+    """Which data sets must be hard to tell apart: zero-out (the number of records is public) or
+    add-or-remove-one. By default zero-out, or add-or-remove-one if a sampling probability is given."""
+    clip_norm: float = 1.0
+    """Clip norm C: the L2 norm to which each example's gradient is cut."""
+    learning_rate: float = 0.5
+    """Learning rate of stochastic gradient descent."""
+    momentum: float = 0.9
+    """Momentum of stochastic gradient descent; 0 for none."""
+    micro_batch_size: int = 128
+    """Examples that are processed at once. Changes memory and speed, never the result."""
+    workers: int = 0
+    """Processes that load data; 0 loads in the main process. For data sets that are not in memory."""
+    device: Device = "auto"
+    """Where to compute: cpu, cuda, or auto (cuda if there is one)."""
+    seed: int = 0
+    """Fixes initial weights and everything else but privacy noise and sampling."""
+    insecure_noise_seed: int | None = None
+    """Fixes noise and sampling too. For tests and experiments: such a run is not for release."""
+    accountant: Method = "pld"
+    """How ε is computed: pld (tight) or rdp."""
+    log_not_private: bool = False
+    """Also log loss, gradient norms and clipping to TensorBoard. They are NOT covered by ε; their file is
+    readable by its owner alone."""
+
+    def __post_init__(self) -> None:
+        self._check_privacy()
+        owner = "a run"
+        _number(self, "epochs", high=1e9)
+        check_count(self.batch_size, "batch_size", owner, low=1)
+        _number(self, "sampling_probability", high=1, closed="right")
+        if self.neighboring_relation is not None:
+            check_relation(self.neighboring_relation)
+        _number(self, "clip_norm", high=1e12)
+        _number(self, "learning_rate", high=1e12)
+        check_number(self.momentum, "momentum", owner, low=0, high=1, closed="left")
+        check_count(self.micro_batch_size, "micro_batch_size", owner, low=1)
+        check_count(self.workers, "workers", owner)
+        check_count(self.seed, "seed", owner)
+        if self.insecure_noise_seed is not None:
+            check_count(self.insecure_noise_seed, "insecure_noise_seed", owner)
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"The device must be auto, cpu or cuda. Got {self.device!r}.")
+        if self.accountant not in METHODS:
+            raise UserError(f"The accountant must be one of {', '.join(METHODS)}. Got {self.accountant!r}.")
+
+    def _check_privacy(self) -> None:
+        wishes = [name for name in ("epsilon", "noise_multiplier") if getattr(self, name) is not None]
+        wishes += ["non_private"] if self.non_private else []
+        if len(wishes) != 1:
+            got = " and ".join(wishes) or "none of them"
+            raise UserError(
+                f"Give exactly one of epsilon (a budget), noise_multiplier or non_private. Got {got}."
+            )
+        _number(self, "epsilon", high=1e9)
+        _number(self, "noise_multiplier", high=1e7)
+        _number(self, "delta", high=1)
+        if self.delta is None and not self.non_private:
+            raise UserError(
+                "Give delta, well below one over the number of records; 1e-5 is customary for 60,000. "
+                "Got none."
+            )
+
+    @property
+    def budget(self) -> PrivacyBudget | None:
+        """The budget, if ε was given."""
+        if self.epsilon is None or self.delta is None:
+            return None
+        return PrivacyBudget(self.epsilon, self.delta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPSGDRun(DPSGDConfig):
+    """A complete run: data, model, training."""
+
+    dataset: str
+    """A name (digits, mnist, fashion-mnist, cifar10) or a path: an .npz file with x_train, y_train, x_test,
+    y_test, or an image folder train/CLASS/*.png, test/CLASS/*.png."""
+    model: str = "cnn"
+    """The model: cnn, mlp or linear."""
+    classes: int | None = None
+    """Number of classes of your own .npz data; by default one more than the largest label."""
+    image_size: int | None = None
+    """Side in pixels to which the images of a folder are resized; by default they must be equal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.dataset, str) or not self.dataset:
+            raise UserError(f"The dataset must be a name or a path. Got {self.dataset!r}.")
+
+
+def _number(config: DPSGDConfig, name: str, *, high: float, closed: str = "neither") -> None:
+    value = getattr(config, name)
+    if value is not None:
+        check_number(value, name, "a run", low=0, high=high, closed=closed)
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How often is sampled, and with which probability.
+
+    Attributes:
+        sampling_probability: q of each step.
+        steps: Number of steps, at least 1.
+        expected_batch_size: B, the public divisor of each noisy sum.
+        neighboring_relation: The relation that these numbers allow.
+        n_is_public: Whether they were derived from the number of records, which is then public.
+    """
+
+    sampling_probability: float
+    steps: int
+    expected_batch_size: int
+    neighboring_relation: NeighboringRelation
+    n_is_public: bool
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        examples: int | None,
+        batch_size: int,
+        epochs: float,
+        sampling_probability: float | None = None,
+        neighboring_relation: NeighboringRelation | None = None,
+    ) -> SamplingPlan:
+        """Work out the plan, without the number of records where it is to be protected.
+
+        Raises:
+            UserError: if the relation needs a sampling probability as a number, the batch is larger than the
+                data, or there is not a single step.
+        """
+        batch_size = check_count(batch_size, "batch_size", "a run", low=1)
+        epochs = check_number(epochs, "epochs", "a run", low=0, high=1e9)
+        relation = neighboring_relation or (
+            "zero-out" if sampling_probability is None else "add-or-remove-one"
+        )
+        if relation == "replace-one":
+            raise UserError(
+                "Poisson sampling is not analysed under the relation replace-one; use zero-out (the number "
+                "of records is public) or add-or-remove-one (give a sampling probability)."
+            )
+        if sampling_probability is None:
+            if relation == "add-or-remove-one":
+                raise UserError(
+                    "The relation add-or-remove-one protects the number of records, so the sampling "
+                    "probability may not be derived from it; give sampling_probability as a number, or use "
+                    "zero-out."
+                )
+            if examples is None:
+                raise UserError("Give the number of examples, or a sampling_probability.")
+            examples = check_count(examples, "examples", "a run", low=1)
+            if batch_size > examples:
+                raise UserError(
+                    f"The batch size {batch_size} is larger than the {examples} training examples; "
+                    f"choose at most {examples}."
+                )
+            q, n_is_public = batch_size / examples, True
+            steps = math.floor(epochs * examples / batch_size)
+        else:
+            q = check_number(
+                sampling_probability, "sampling_probability", "a run", low=0, high=1, closed="right"
+            )
+            n_is_public = False
+            steps = math.floor(epochs / q * (1 + 1e-12))
+        if relation == "zero-out":
+            n_is_public = True
+        if steps < 1:
+            raise UserError(f"{epochs:g} epochs make no step of {batch_size} examples; give more epochs.")
+        return cls(q, steps, batch_size, relation, n_is_public)

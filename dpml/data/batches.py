@@ -1,0 +1,120 @@
+"""From record numbers to micro-batches of a fixed size, from tensors or from a user's own data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+from accounting.errors import UserError
+from dpml.gradients.engine import MicroBatch
+
+
+class Examples:
+    """Training examples by number.
+
+    Args:
+        data: A map-style data set of (input, target) pairs; a `TensorDataset` is read without a loop.
+        micro_batch_size: m, the number of places of each micro-batch.
+        workers: Processes that read `data`; 0 for this one.
+        device: Where micro-batches go.
+
+    Raises:
+        UserError: if `data` has no length, is empty, or yields something else than pairs.
+    """
+
+    def __init__(self, data: Any, micro_batch_size: int, workers: int, device: torch.device) -> None:
+        if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+            raise UserError(
+                "The training set must have a length and give its records by number (a map-style data "
+                f"set); a stream cannot be Poisson-sampled. Got {type(data).__name__}."
+            )
+        if len(data) == 0:
+            raise UserError("The training set is empty; give at least one record.")
+        self._data, self._size, self._device = data, micro_batch_size, device
+        self._tensors: tuple[Tensor, ...] | None = None
+        if isinstance(data, TensorDataset):
+            self._tensors = data.tensors
+        self._queue = _Queue()
+        self._loader: DataLoader[Any] | None = None
+        if self._tensors is None and workers > 0:
+            records: Any = data
+            self._loader = DataLoader(
+                records, batch_sampler=self._queue, num_workers=workers, persistent_workers=True
+            )
+        pair = self._tensors if self._tensors is not None else data[0]
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise UserError("Each record of the training set must be a pair (input, target).")
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def micro_batches(self, indices: Tensor) -> Iterator[MicroBatch]:
+        """The records of a sample, in micro-batches of exactly m places, the last one padded.
+
+        Args:
+            indices: Record numbers, int64, shape [k]. Empty for no micro-batches.
+        """
+        chunks = list(torch.split(indices, self._size)) if len(indices) else []
+        for inputs, targets, count in self._read(chunks):
+            mask = torch.zeros(self._size, dtype=torch.bool)
+            mask[:count] = True
+            yield MicroBatch(
+                _to(_pad(inputs, self._size), self._device),
+                _to(_pad(targets, self._size), self._device),
+                mask.to(self._device),
+            )
+
+    def probe(self) -> Any:
+        """The inputs of one record as a batch, for its shape and type alone."""
+        inputs, _, _ = next(self._read([torch.zeros(1, dtype=torch.int64)], direct=True))
+        return _to(inputs, self._device)
+
+    def _read(self, chunks: list[Tensor], *, direct: bool = False) -> Iterator[tuple[Any, Any, int]]:
+        if self._tensors is not None:
+            for chunk in chunks:
+                yield self._tensors[0][chunk], self._tensors[1][chunk], len(chunk)
+        elif self._loader is not None and not direct:
+            self._queue.chunks = chunks
+            for chunk, (inputs, targets) in zip(chunks, self._loader, strict=True):
+                yield inputs, targets, len(chunk)
+        else:
+            for chunk in chunks:
+                inputs, targets = default_collate([self._data[i] for i in chunk.tolist()])
+                yield inputs, targets, len(chunk)
+
+
+class _Queue:
+    """A batch sampler that yields what it was told last; persistent workers then serve every sample."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (chunk.tolist() for chunk in self.chunks)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+
+def _pad(value: Any, size: int) -> Any:
+    """Repeat the first record until there are `size`; the mask says that they do not count."""
+    if isinstance(value, Tensor):
+        missing = size - len(value)
+        return torch.cat([value, value[:1].expand(missing, *value.shape[1:])]) if missing else value
+    if isinstance(value, dict):
+        return {key: _pad(part, size) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_pad(part, size) for part in value)
+    raise UserError(f"Records must be made of tensors and numbers. Got {type(value).__name__}.")
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(part, device) for key, part in value.items()}
+    return type(value)(_to(part, device) for part in value)

@@ -1,0 +1,113 @@
+"""What a run leaves in its output folder. Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from accounting import Event, NeighboringRelation, UserError
+
+SUMMARY_VERSION = 1
+EVENTS_VERSION = 1
+
+
+class RunFolder:
+    """A folder for one run. Nothing that is already there is overwritten.
+
+    Args:
+        path: The folder; made, with its parents, if it does not exist.
+
+    Raises:
+        UserError: if it holds files already, is not a folder, or cannot be written to.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()):
+                raise UserError(f"The output folder {str(self.path)!r} is not empty; choose a new one.")
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UserError(
+                f"The output folder {str(self.path)!r} cannot be written to ({reason}); choose another."
+            ) from error
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file atomically."""
+        self._replace(name, text.encode())
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write a JSON file atomically. Infinity and NaN become null: JSON has neither."""
+        self.write_text(name, json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n")
+
+    def write_model(self, name: str, model: nn.Module) -> None:
+        """Write a model's weights as safetensors, atomically."""
+        temporary = self.path / f".{name}.tmp"
+        safetensors.torch.save_model(model, str(temporary))
+        temporary.replace(self.path / name)
+
+    def _replace(self, name: str, content: bytes) -> None:
+        temporary = self.path / f".{name}.tmp"
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path / name)
+
+
+def events_record(
+    *, planned: Event, committed: Event, relation: NeighboringRelation, accountant: str, status: str
+) -> dict[str, Any]:
+    """The content of `privacy_events.json`, from which anybody can recompute ε."""
+    return {
+        "schema_version": EVENTS_VERSION,
+        "status": status,
+        "neighboring_relation": relation,
+        "accountant": accountant,
+        "planned": [planned.to_dict()],
+        "committed": [committed.to_dict()],
+    }
+
+
+def read_events(path: str | os.PathLike[str]) -> tuple[list[Event], list[Event], dict[str, Any]]:
+    """Read `privacy_events.json`: planned events, committed events, and the rest of the file.
+
+    Raises:
+        UserError: if the file is missing, not JSON, of another version, or describes no valid events.
+    """
+    name = str(path)
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The events file {name!r} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"The events file {name!r} is not valid JSON; is it the right file?") from error
+    if not isinstance(data, dict) or data.get("schema_version") != EVENTS_VERSION:
+        raise UserError(f"{name!r} is not an events file of version {EVENTS_VERSION}.")
+    lists = []
+    for key in ("planned", "committed"):
+        if not isinstance(data.get(key), list):
+            raise UserError(f"The events file {name!r} has no list {key!r}.")
+        lists.append([Event.from_dict(item) for item in data[key]])
+    return lists[0], lists[1], data
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,176 @@
+"""What a user sees while a run goes on: a progress line, and TensorBoard.
+
+Everything shown here is public (ε, accuracy on a public test set, speed), except for the scalars under
+`not_private/`, which are written only when asked for, to a file that its owner alone can read.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Scalars = Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """Receives what happens in a run."""
+
+    def start(self, planned_steps: int, config: Mapping[str, object]) -> None:
+        """The run begins."""
+        ...
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        """Public figures after `step` steps."""
+        ...
+
+    def not_private(self, step: int, values: Scalars) -> None:
+        """Figures that ε does not cover."""
+        ...
+
+    def finish(self, results: Scalars) -> None:
+        """The run ends, completed or stopped."""
+        ...
+
+
+class ProgressLine:
+    """A progress bar on a terminal, a line for every tenth of the run elsewhere.
+
+    Args:
+        label: What is running.
+        stream: Where to; standard error by default.
+    """
+
+    def __init__(self, label: str, stream: TextIO | None = None) -> None:
+        self._label = label
+        self._console = Console(file=stream or sys.stderr)
+        self._live = self._console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("steps · {task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._notes: dict[str, float] = {}
+        self._steps, self._next_line = 0, 0.0
+
+    def start(self, planned_steps: int, config: Mapping[str, object]) -> None:
+        """Show the bar."""
+        del config
+        self._steps = planned_steps
+        self._task = self._progress.add_task(self._label, total=planned_steps, note="")
+        self._progress.start()
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        """Move the bar and show the newest figures."""
+        self._notes.update(values)
+        note = self._note()
+        self._progress.update(self._task, completed=step, note=note)
+        share = step / max(1, self._steps)
+        if not self._live and share >= self._next_line:
+            self._console.print(f"{self._label}: step {step}/{self._steps} · {note}", highlight=False)
+            self._next_line = (int(share * 10) + 1) / 10
+
+    def not_private(self, step: int, values: Scalars) -> None:
+        """Nothing private is shown."""
+
+    def finish(self, results: Scalars) -> None:
+        """Take the bar away."""
+        del results
+        self._progress.stop()
+
+    def _note(self) -> str:
+        parts = []
+        if "privacy/epsilon" in self._notes:
+            parts.append(f"ε {self._notes['privacy/epsilon']:.3f}")
+        if "test/accuracy" in self._notes:
+            parts.append(f"test accuracy {self._notes['test/accuracy']:.2%}")
+        if "speed/examples_per_second" in self._notes:
+            parts.append(f"{self._notes['speed/examples_per_second']:,.0f} examples/s")
+        return " · ".join(parts)
+
+
+class TensorBoard:
+    """Writes scalars, the configuration as text, and hyperparameters to a folder for TensorBoard."""
+
+    def __init__(self, folder: Path) -> None:
+        # Imported here: it takes a second, and only runs with an output folder need it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        self._writer = SummaryWriter(str(folder))
+        self._private: SummaryWriter | None = None
+        self._config: Mapping[str, object] = {}
+
+    def start(self, planned_steps: int, config: Mapping[str, object]) -> None:
+        """Write the configuration."""
+        self._config = config
+        rows = "\n".join(f"| {key} | `{value}` |" for key, value in config.items() if value is not None)
+        text = f"| setting | value |\n| --- | --- |\n{rows}\n| planned steps | `{planned_steps:,}` |"
+        self._writer.add_text("configuration", text, 0)
+        self._writer.flush()
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        """Write public figures, one chart each."""
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def not_private(self, step: int, values: Scalars) -> None:
+        """Write private figures under `not_private/`, to a file of mode 600 in a folder of mode 700."""
+        if self._private is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self._folder / "not_private"
+            folder.mkdir(mode=0o700)
+            before = os.umask(0o077)
+            try:
+                self._private = SummaryWriter(str(folder))
+            finally:
+                os.umask(before)
+        for tag, value in values.items():
+            self._private.add_scalar(f"not_private/{tag}", value, step)
+
+    def finish(self, results: Scalars) -> None:
+        """Write the hyperparameters with the results, and close."""
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = {k: v for k, v in self._config.items() if isinstance(v, bool | int | float | str)}
+        metrics = {f"result/{key}": value for key, value in results.items()}
+        files = self._writer._get_file_writer()  # type: ignore[no-untyped-call]
+        for summary in hparams(settings, metrics):  # type: ignore[no-untyped-call]
+            files.add_summary(summary)
+        for tag, value in metrics.items():
+            self._writer.add_scalar(tag, value)
+        self._writer.close()
+        if self._private is not None:
+            self._private.close()
+
+
+class Stopwatch:
+    """Seconds spent inside its `with` blocks, so that evaluation does not count as training."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.seconds += time.perf_counter() - self._since

@@ -1,0 +1,20 @@
+"""CIFAR-10 with the tanh CNN of Papernot et al. 2020."""
+
+from dpml.config import DPSGDRun
+
+
+def dpsgd(private: bool = True) -> DPSGDRun:
+    """Papernot, Thakurta, Song, Chien & Erlingsson 2020 (550,570 parameters). Hours on two CPU cores."""
+    if not private:
+        return DPSGDRun(dataset="cifar10", non_private=True, epochs=20, batch_size=256, learning_rate=0.05)
+    return DPSGDRun(
+        dataset="cifar10",
+        epsilon=3.0,
+        delta=1e-5,
+        epochs=30,
+        batch_size=1024,
+        clip_norm=0.1,
+        learning_rate=2.0,
+        momentum=0.9,
+        micro_batch_size=64,
+    )
