@@ -1,1 +1,94 @@
-"""Train models with differential privacy and never lose count of what that cost."""
+"""Train models with differential privacy and never lose count of what that cost.
+
+>>> import dpml
+>>> config = dpml.DPSGDConfig(epsilon=3, delta=1e-5, epochs=10, batch_size=256)
+>>> result = dpml.train_dpsgd(model, train_set, config)          # doctest: +SKIP
+>>> print(result.statement)                                      # doctest: +SKIP
+
+Names are imported when they are first used: `import dpml` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accounting import (
+        BudgetExceeded,
+        PrivacyAccountant,
+        PrivacyBudget,
+        Repeated,
+        UserError,
+        calibrate_noise_multiplier,
+    )
+    from dpml.config import DPSGDConfig, DPSGDRun
+    from dpml.data import load
+    from dpml.data.batches import Examples
+    from dpml.data.samplers import PoissonSampler
+    from dpml.dpsgd import TrainingResult, run_dpsgd, train_dpsgd
+    from dpml.gradients import Clipping, OpacusEngine, cross_entropy
+    from dpml.mechanism import SampledGaussianMechanism, set_gradients
+    from dpml.models import build
+    from dpml.noise import GaussianNoise
+    from dpml.randomness import Randomness
+
+_HOMES = {
+    "BudgetExceeded": "accounting",
+    "Clipping": "dpml.gradients",
+    "DPSGDConfig": "dpml.config",
+    "DPSGDRun": "dpml.config",
+    "Examples": "dpml.data.batches",
+    "GaussianNoise": "dpml.noise",
+    "OpacusEngine": "dpml.gradients",
+    "PoissonSampler": "dpml.data.samplers",
+    "PrivacyAccountant": "accounting",
+    "PrivacyBudget": "accounting",
+    "Randomness": "dpml.randomness",
+    "Repeated": "accounting",
+    "SampledGaussianMechanism": "dpml.mechanism",
+    "TrainingResult": "dpml.dpsgd",
+    "UserError": "accounting",
+    "build": "dpml.models",
+    "calibrate_noise_multiplier": "accounting",
+    "cross_entropy": "dpml.gradients",
+    "load": "dpml.data",
+    "run_dpsgd": "dpml.dpsgd",
+    "set_gradients": "dpml.mechanism",
+    "train_dpsgd": "dpml.dpsgd",
+}
+
+__all__ = [
+    "BudgetExceeded",
+    "Clipping",
+    "DPSGDConfig",
+    "DPSGDRun",
+    "Examples",
+    "GaussianNoise",
+    "OpacusEngine",
+    "PoissonSampler",
+    "PrivacyAccountant",
+    "PrivacyBudget",
+    "Randomness",
+    "Repeated",
+    "SampledGaussianMechanism",
+    "TrainingResult",
+    "UserError",
+    "build",
+    "calibrate_noise_multiplier",
+    "cross_entropy",
+    "load",
+    "run_dpsgd",
+    "set_gradients",
+    "train_dpsgd",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'dpml' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

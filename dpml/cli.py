@@ -19,17 +19,16 @@ from rich.table import Table
 
 from accounting import (
     BudgetExceeded,
-    NeighboringRelation,
     PrivacyAccountant,
     PrivacyBudget,
-    Repeated,
     UnreachableBudget,
     UserError,
     calibrate_noise_multiplier,
 )
-from accounting.events import PoissonSampled, check_number, check_relation
-from dpml.config import DPSGDConfig, DPSGDRun, SamplingPlan
+from accounting.events import check_number, check_relation
+from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.options import options_from, typed
+from dpml.planning import ENGINE_SLACK, SamplingPlan
 
 OK, FAILED, WRONG_CALL, NO_BUDGET, INTERRUPTED = 0, 1, 2, 3, 130
 _QUESTION = ("batch_size", "epochs", "sampling_probability", "neighboring_relation", "accountant")
@@ -200,17 +199,13 @@ def _dpsgd_question(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--noise-multiplier", type=float, required=True, help="Standard deviation over clip norm.")
 def account_dpsgd(noise_multiplier: float, delta: float, as_json: bool, **values: Any) -> None:
     """The ε of DP-SGD with a given noise."""
-    from dpml.gradients import OpacusEngine
-    from dpml.mechanism import gaussian_event
-
     sampling, method = _sampling(values)
     noise_multiplier = check_number(noise_multiplier, "noise_multiplier", "a run", low=0, high=1e7)
-    event = gaussian_event(noise_multiplier, OpacusEngine.slack)
     accountant = PrivacyAccountant(method, neighboring_relation=sampling.neighboring_relation)
-    accountant.record(Repeated(PoissonSampled(event, sampling.sampling_probability), sampling.steps))
+    accountant.record(sampling.event(noise_multiplier))
     lower, upper = accountant.epsilon_bounds(delta)
     report = {"epsilon": upper, "epsilon_lower": lower, "noise_multiplier": noise_multiplier}
-    _print({**report, **_facts(sampling, delta, method, OpacusEngine.slack)}, as_json)
+    _print({**report, **_facts(sampling, delta, method)}, as_json)
 
 
 @dpml.group()
@@ -223,23 +218,15 @@ def calibrate() -> None:
 @click.option("--epsilon", type=float, required=True, help="The budget ε.")
 def calibrate_dpsgd(epsilon: float, delta: float, as_json: bool, **values: Any) -> None:
     """The least noise multiplier with which DP-SGD stays within ε."""
-    from dpml.gradients import OpacusEngine
-    from dpml.mechanism import gaussian_event
-
     sampling, method = _sampling(values)
     budget = PrivacyBudget(epsilon, delta)
-
-    def plan(noise_multiplier: float) -> Repeated:
-        event = gaussian_event(noise_multiplier, OpacusEngine.slack)
-        return Repeated(PoissonSampled(event, sampling.sampling_probability), sampling.steps)
-
-    relation: NeighboringRelation = sampling.neighboring_relation
-    sigma = calibrate_noise_multiplier(plan, budget, method=method, neighboring_relation=relation)
+    relation = sampling.neighboring_relation
+    sigma = calibrate_noise_multiplier(sampling.event, budget, method=method, neighboring_relation=relation)
     accountant = PrivacyAccountant(method, neighboring_relation=relation)
-    accountant.record(plan(sigma))
+    accountant.record(sampling.event(sigma))
     lower, upper = accountant.epsilon_bounds(delta)
     report = {"noise_multiplier": sigma, "target_epsilon": epsilon, "epsilon": upper, "epsilon_lower": lower}
-    _print({**report, **_facts(sampling, delta, method, OpacusEngine.slack)}, as_json)
+    _print({**report, **_facts(sampling, delta, method)}, as_json)
 
 
 def _sampling(values: dict[str, Any]) -> tuple[SamplingPlan, Any]:
@@ -251,7 +238,7 @@ def _sampling(values: dict[str, Any]) -> tuple[SamplingPlan, Any]:
     return SamplingPlan.of(examples=given.pop("examples", None), **given), method
 
 
-def _facts(sampling: SamplingPlan, delta: float, method: str, slack: float) -> dict[str, Any]:
+def _facts(sampling: SamplingPlan, delta: float, method: str) -> dict[str, Any]:
     return {
         "delta": delta,
         "steps": sampling.steps,
@@ -260,7 +247,7 @@ def _facts(sampling: SamplingPlan, delta: float, method: str, slack: float) -> d
         "neighboring_relation": sampling.neighboring_relation,
         "n_is_public": sampling.n_is_public,
         "accountant": method,
-        "sensitivity_slack": slack,
+        "sensitivity_slack": ENGINE_SLACK,
     }
 
 

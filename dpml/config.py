@@ -6,7 +6,6 @@ A field's docstring is its help text. `DPSGDConfig` is what `dpml.train_dpsgd` n
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,77 +130,3 @@ def _number(config: DPSGDConfig, name: str, *, high: float, closed: str = "neith
     value = getattr(config, name)
     if value is not None:
         check_number(value, name, "a run", low=0, high=high, closed=closed)
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """How often is sampled, and with which probability.
-
-    Attributes:
-        sampling_probability: q of each step.
-        steps: Number of steps, at least 1.
-        expected_batch_size: B, the public divisor of each noisy sum.
-        neighboring_relation: The relation that these numbers allow.
-        n_is_public: Whether they were derived from the number of records, which is then public.
-    """
-
-    sampling_probability: float
-    steps: int
-    expected_batch_size: int
-    neighboring_relation: NeighboringRelation
-    n_is_public: bool
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        examples: int | None,
-        batch_size: int,
-        epochs: float,
-        sampling_probability: float | None = None,
-        neighboring_relation: NeighboringRelation | None = None,
-    ) -> SamplingPlan:
-        """Work out the plan, without the number of records where it is to be protected.
-
-        Raises:
-            UserError: if the relation needs a sampling probability as a number, the batch is larger than the
-                data, or there is not a single step.
-        """
-        batch_size = check_count(batch_size, "batch_size", "a run", low=1)
-        epochs = check_number(epochs, "epochs", "a run", low=0, high=1e9)
-        relation = neighboring_relation or (
-            "zero-out" if sampling_probability is None else "add-or-remove-one"
-        )
-        if relation == "replace-one":
-            raise UserError(
-                "Poisson sampling is not analysed under the relation replace-one; use zero-out (the number "
-                "of records is public) or add-or-remove-one (give a sampling probability)."
-            )
-        if sampling_probability is None:
-            if relation == "add-or-remove-one":
-                raise UserError(
-                    "The relation add-or-remove-one protects the number of records, so the sampling "
-                    "probability may not be derived from it; give sampling_probability as a number, or use "
-                    "zero-out."
-                )
-            if examples is None:
-                raise UserError("Give the number of examples, or a sampling_probability.")
-            examples = check_count(examples, "examples", "a run", low=1)
-            if batch_size > examples:
-                raise UserError(
-                    f"The batch size {batch_size} is larger than the {examples} training examples; "
-                    f"choose at most {examples}."
-                )
-            q, n_is_public = batch_size / examples, True
-            steps = math.floor(epochs * examples / batch_size)
-        else:
-            q = check_number(
-                sampling_probability, "sampling_probability", "a run", low=0, high=1, closed="right"
-            )
-            n_is_public = False
-            steps = math.floor(epochs / q * (1 + 1e-12))
-        if relation == "zero-out":
-            n_is_public = True
-        if steps < 1:
-            raise UserError(f"{epochs:g} epochs make no step of {batch_size} examples; give more epochs.")
-        return cls(q, steps, batch_size, relation, n_is_public)

@@ -26,16 +26,17 @@ from accounting import (
 from accounting.curve import epsilon_curve
 from accounting.statement import PrivacyFacts, statement
 from dpml import models
-from dpml.config import DPSGDConfig, DPSGDRun, SamplingPlan
+from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.data import LabeledData, load
 from dpml.data.batches import Examples
 from dpml.data.samplers import PoissonSampler
 from dpml.gradients import Clipping, Engine, Loss, OpacusEngine, cross_entropy
 from dpml.gradients.engine import plain_sum, trainable_parameters
 from dpml.gradients.models import make_trainable, require_trainable
-from dpml.mechanism import SampledGaussianMechanism, gaussian_event, set_gradients
+from dpml.mechanism import SampledGaussianMechanism, set_gradients
 from dpml.noise import GaussianNoise
 from dpml.outputs import SUMMARY_VERSION, RunFolder, events_record
+from dpml.planning import SamplingPlan
 from dpml.randomness import Randomness
 from dpml.tracking import Stopwatch, TensorBoard, Tracker
 
@@ -199,7 +200,7 @@ def _mechanism(
     if noise_multiplier is None:
         assert config.budget is not None  # noqa: S101 - the configuration has checked it
         noise_multiplier = calibrate_noise_multiplier(
-            lambda s: Repeated(sampler.event(gaussian_event(s, engine.slack)), sampling.steps),
+            lambda noise: sampling.event(noise, engine.slack),
             config.budget,
             method=config.accountant,
             neighboring_relation=sampling.neighboring_relation,

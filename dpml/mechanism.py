@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from accounting import Event, Gaussian, Repeated, Reservation, UserError
-from accounting.events import check_number
+from accounting import Event, Repeated, Reservation, UserError
 from dpml.data.samplers import PoissonSampler
 from dpml.gradients.engine import ClippedSum, Clipping, Engine, Loss, MicroBatch
 from dpml.noise import GaussianNoise
+from dpml.planning import gaussian_event
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +73,6 @@ class SampledGaussianMechanism:
             gradient + noise.to(gradient.device)
             for gradient, noise in zip(clipped.gradients, noises, strict=True)
         ]
-
-
-def gaussian_event(noise_multiplier: float, slack: float) -> Gaussian:
-    """Gaussian noise for a sensitivity of C·(1 + slack), where the multiplier is over C."""
-    slack = check_number(slack, "slack", "an engine", low=0, high=1, closed="both")
-    return Gaussian(noise_multiplier / (1 + slack))
 
 
 def set_gradients(parameters: Iterable[nn.Parameter], sums: Iterable[Tensor], divisor: float) -> None:

@@ -19,6 +19,7 @@ from dpml.gradients.engine import (
     example_losses,
     trainable_parameters,
 )
+from dpml.planning import ENGINE_SLACK
 
 
 class OpacusEngine:
@@ -30,7 +31,7 @@ class OpacusEngine:
     micro-batches; micro-batches of a fixed shape make that rare, and the slack of 1e-5 covers it.
     """
 
-    slack = 1e-5
+    slack = ENGINE_SLACK
 
     def clipped_sum(
         self, model: nn.Module, loss: Loss, batches: Iterable[MicroBatch], clipping: Clipping
