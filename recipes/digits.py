@@ -4,17 +4,24 @@ from dpml.config import DPSGDRun
 
 
 def dpsgd(private: bool = True) -> DPSGDRun:
-    """A small tanh CNN on digits in a few seconds."""
+    """Softmax regression on the 64 pixels of scikit-learn's digits, in seconds.
+
+    Chosen on a validation split of the training set at ε = 1 and 3, not on the test set: larger batches
+    with a small learning rate win, and with 1,437 records a CNN or an MLP gives no more than a linear model.
+    """
     if not private:
-        return DPSGDRun(dataset="digits", non_private=True, epochs=30, batch_size=64, learning_rate=0.1)
+        return DPSGDRun(
+            dataset="digits", non_private=True, model="linear", epochs=60, batch_size=64, learning_rate=0.1
+        )
     return DPSGDRun(
         dataset="digits",
         epsilon=3.0,
-        delta=1e-4,
+        delta=1e-5,
         model="linear",
-        epochs=40,
-        batch_size=256,
-        clip_norm=1.0,
-        learning_rate=0.5,
+        epochs=60,
+        batch_size=512,
+        clip_norm=0.5,
+        learning_rate=0.3,
         momentum=0.9,
+        micro_batch_size=512,
     )

@@ -1,0 +1,100 @@
+"""The plan of a DP-SGD run in numbers: what is asked before training, and what training then executes.
+
+Nothing here needs torch, so `dpml account` and `dpml calibrate` answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from accounting import Gaussian, NeighboringRelation, PoissonSampled, Repeated, UserError
+from accounting.events import check_count, check_number
+
+ENGINE_SLACK = 1e-5
+"""The slack of dpml's engines: one record moves a clipped sum by at most C·(1 + slack)."""
+
+
+def gaussian_event(noise_multiplier: float, slack: float = ENGINE_SLACK) -> Gaussian:
+    """Gaussian noise for a sensitivity of C·(1 + slack), where the multiplier is over C."""
+    slack = check_number(slack, "slack", "an engine", low=0, high=1, closed="both")
+    return Gaussian(noise_multiplier / (1 + slack))
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How often is sampled, and with which probability.
+
+    Attributes:
+        sampling_probability: q of each step.
+        steps: Number of steps, at least 1.
+        expected_batch_size: B, the public divisor of each noisy sum.
+        neighboring_relation: The relation that these numbers allow.
+        n_is_public: Whether they were derived from the number of records, which is then public.
+    """
+
+    sampling_probability: float
+    steps: int
+    expected_batch_size: int
+    neighboring_relation: NeighboringRelation
+    n_is_public: bool
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        examples: int | None,
+        batch_size: int,
+        epochs: float,
+        sampling_probability: float | None = None,
+        neighboring_relation: NeighboringRelation | None = None,
+    ) -> SamplingPlan:
+        """Work out the plan, without the number of records where it is to be protected.
+
+        Raises:
+            UserError: if the relation needs a sampling probability as a number, the batch is larger than the
+                data, or there is not a single step.
+        """
+        batch_size = check_count(batch_size, "batch_size", "a run", low=1)
+        epochs = check_number(epochs, "epochs", "a run", low=0, high=1e9)
+        relation = neighboring_relation or (
+            "zero-out" if sampling_probability is None else "add-or-remove-one"
+        )
+        if relation == "replace-one":
+            raise UserError(
+                "Poisson sampling is not analysed under the relation replace-one; use zero-out (the number "
+                "of records is public) or add-or-remove-one (give a sampling probability)."
+            )
+        if sampling_probability is None:
+            if relation == "add-or-remove-one":
+                raise UserError(
+                    "The relation add-or-remove-one protects the number of records, so the sampling "
+                    "probability may not be derived from it; give sampling_probability as a number, or use "
+                    "zero-out."
+                )
+            if examples is None:
+                raise UserError("Give the number of examples, or a sampling_probability.")
+            examples = check_count(examples, "examples", "a run", low=1)
+            if batch_size > examples:
+                raise UserError(
+                    f"The batch size {batch_size} is larger than the {examples} training examples; "
+                    f"choose at most {examples}."
+                )
+            q, n_is_public = batch_size / examples, True
+            steps = math.floor(epochs * examples / batch_size)
+        else:
+            q = check_number(
+                sampling_probability, "sampling_probability", "a run", low=0, high=1, closed="right"
+            )
+            n_is_public = False
+            steps = math.floor(epochs / q * (1 + 1e-12))
+        if relation == "zero-out":
+            n_is_public = True
+        if steps < 1:
+            raise UserError(f"{epochs:g} epochs make no step of {batch_size} examples; give more epochs.")
+        return cls(q, steps, batch_size, relation, n_is_public)
+
+    def event(self, noise_multiplier: float, slack: float = ENGINE_SLACK) -> Repeated:
+        """The event of the whole run with this noise."""
+        release = gaussian_event(noise_multiplier, slack)
+        return Repeated(PoissonSampled(release, self.sampling_probability), self.steps)

@@ -1,0 +1,52 @@
+"""Runs of one configuration over several settings and seeds, kept on disk and not repeated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dpml.config import DPSGDRun
+from dpml.dpsgd import run_dpsgd
+from dpml.tracking import ProgressLine
+
+
+def run_or_reuse(run: DPSGDRun, folder: Path, *, label: str) -> dict[str, Any]:
+    """Return the summary of `run`, from `folder` if it holds a completed run of the same configuration.
+
+    A folder with an unfinished or different run of ours is replaced; anything else is left alone and refused.
+    """
+    summary = read_summary(folder)
+    if summary is not None and summary["status"] == "completed" and summary["config"] == _plain(run):
+        return summary
+    if (folder / "privacy_events.json").exists():
+        shutil.rmtree(folder)
+    result = run_dpsgd(run, output=folder, trackers=[ProgressLine(label)])
+    if result.status == "stopped":
+        raise KeyboardInterrupt
+    return result.summary
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's `summary.json`, or None."""
+    try:
+        data: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data
+
+
+def by_noise(summaries: Iterable[dict[str, Any]]) -> dict[float | None, list[dict[str, Any]]]:
+    """Group summaries by noise multiplier, most noise first, the non-private ones (None) last."""
+    groups: dict[float | None, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        groups.setdefault(summary["noise_multiplier"], []).append(summary)
+    return dict(sorted(groups.items(), key=lambda item: -(item[0] or -1.0)))
+
+
+def _plain(run: DPSGDRun) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(run)))
+    return plain
