@@ -252,8 +252,10 @@ class _Report:
                 k: (lower, min(upper, ceiling)) for k, (lower, upper) in zip(points, bounds, strict=True)
             }
         self._write_events(Repeated(self.plan, 0), "running")
-        settings = {**asdict(self.config), **asdict(self.sampling)}
-        if self.mechanism is not None:
+        settings = {**asdict(self.config), **asdict(self.sampling), "planned_steps": self.sampling.steps}
+        if self.mechanism is None:
+            settings |= {"clip_norm": None, "neighboring_relation": None}
+        else:
             settings["noise_multiplier"] = self.mechanism.noise.noise_multiplier
         for tracker in self.trackers:
             tracker.start(self.sampling.steps, settings)
@@ -289,11 +291,8 @@ class _Report:
             self.accuracy = accuracy(model, self.test_set)
         summary = self._summary(status, committed, name)
         text = self._statement(summary, test_set_is_public)
-        results = {
-            k: summary[k] for k in ("epsilon", "test_accuracy", "train_seconds") if summary[k] is not None
-        }
         for tracker in self.trackers:
-            tracker.finish(results)
+            tracker.finish()
         if self.folder is not None:
             self.folder.write_model("model.safetensors", model)
             self._write_events(committed, status)

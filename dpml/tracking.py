@@ -18,6 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Scalars = Mapping[str, float]
+_LINES = 4
+_HYPERPARAMETERS = (
+    "dataset model epsilon delta noise_multiplier clip_norm epochs expected_batch_size learning_rate momentum "
+    "planned_steps neighboring_relation seed non_private"
+).split()
 
 
 class Tracker(Protocol):
@@ -35,13 +40,13 @@ class Tracker(Protocol):
         """Figures that ε does not cover."""
         ...
 
-    def finish(self, results: Scalars) -> None:
+    def finish(self) -> None:
         """The run ends, completed or stopped."""
         ...
 
 
 class ProgressLine:
-    """A progress bar on a terminal, a line for every tenth of the run elsewhere.
+    """A progress bar on a terminal, a line for every quarter of the run elsewhere.
 
     Args:
         label: What is running.
@@ -79,15 +84,15 @@ class ProgressLine:
         self._progress.update(self._task, completed=step, note=note)
         share = step / max(1, self._steps)
         if not self._live and share >= self._next_line:
-            self._console.print(f"{self._label}: step {step}/{self._steps} · {note}", highlight=False)
-            self._next_line = (int(share * 10) + 1) / 10
+            line = f"{self._label}: step {step}/{self._steps} · {note}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+            self._next_line = (int(share * _LINES) + 1) / _LINES
 
     def not_private(self, step: int, values: Scalars) -> None:
         """Nothing private is shown."""
 
-    def finish(self, results: Scalars) -> None:
+    def finish(self) -> None:
         """Take the bar away."""
-        del results
         self._progress.stop()
 
     def _note(self) -> str:
@@ -112,17 +117,21 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder))
         self._private: SummaryWriter | None = None
         self._config: Mapping[str, object] = {}
+        self._tags: set[str] = set()
 
     def start(self, planned_steps: int, config: Mapping[str, object]) -> None:
         """Write the configuration."""
         self._config = config
         rows = "\n".join(f"| {key} | `{value}` |" for key, value in config.items() if value is not None)
         text = f"| setting | value |\n| --- | --- |\n{rows}\n| planned steps | `{planned_steps:,}` |"
+        bounds = ["Multiline", ["privacy/epsilon", "privacy/epsilon_lower"]]
+        self._writer.add_custom_scalars({"privacy": {"ε, upper and lower bound": bounds}})
         self._writer.add_text("configuration", text, 0)
         self._writer.flush()
 
     def scalars(self, step: int, values: Scalars) -> None:
         """Write public figures, one chart each."""
+        self._tags.update(values)
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
@@ -141,17 +150,16 @@ class TensorBoard:
         for tag, value in values.items():
             self._private.add_scalar(f"not_private/{tag}", value, step)
 
-    def finish(self, results: Scalars) -> None:
-        """Write the hyperparameters with the results, and close."""
+    def finish(self) -> None:
+        """Write the hyperparameters, and close."""
         from torch.utils.tensorboard.summary import hparams
 
-        settings = {k: v for k, v in self._config.items() if isinstance(v, bool | int | float | str)}
-        metrics = {f"result/{key}": value for key, value in results.items()}
+        settings = {key: self._config[key] for key in _HYPERPARAMETERS if self._config.get(key) is not None}
+        # The hyperparameter table shows the last value of each tag named here.
+        metrics = dict.fromkeys(self._tags, 0.0)
         files = self._writer._get_file_writer()  # type: ignore[no-untyped-call]
         for summary in hparams(settings, metrics):  # type: ignore[no-untyped-call]
             files.add_summary(summary)
-        for tag, value in metrics.items():
-            self._writer.add_scalar(tag, value)
         self._writer.close()
         if self._private is not None:
             self._private.close()
