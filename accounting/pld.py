@@ -359,21 +359,28 @@ class _Tilted:
             size = fft.next_fast_len(MOST_POINTS, real=True)
             outside = min(1.0, 4 * variance / (size * h) ** 2)
             below = above = size * h / 2
-        spectrum = np.ones(size // 2 + 1, dtype=np.complex128)
-        spectrum_error = np.zeros(size // 2 + 1)
         transform_error = 4 * UNIT * math.log2(size)
         shift, relative = 0, 0.0
+        log_size, relative_error = np.zeros(size // 2 + 1), np.zeros(size // 2 + 1)
+        factors: list[tuple[npt.NDArray[np.complex128], int]] = []
         for lattice, count in parts:
             _, weight = _tilted_mass(lattice, tilt)
             centre = round(float(weight @ np.arange(len(weight))))
             indices = (np.arange(len(weight)) - centre) % size
-            part = fft.rfft(np.bincount(indices, weight, size))
-            magnitude = np.maximum(np.abs(part), transform_error)
-            spectrum_error += count * (transform_error / magnitude + UNIT * (8 + np.abs(np.log(magnitude))))
-            spectrum *= part**count
+            factor = fft.rfft(np.bincount(indices, weight, size))
+            magnitude = np.maximum(np.abs(factor), transform_error)
+            log_magnitude = np.log(magnitude)
+            log_size += count * log_magnitude
+            relative_error += count * (transform_error / magnitude + UNIT * (8 - log_magnitude))
+            factors.append((factor, count))
             shift += count * (lattice.first + centre)
             relative += count * UNIT * (8 + tilt * float(np.abs(lattice.losses[[0, -1]]).max()))
-        error_at_point = float(np.mean(np.abs(spectrum) * spectrum_error)) * 2 + transform_error / size
+        # Of many factors most of the product is nothing: what is below e⁻⁵⁰ is left out, and charged.
+        kept = log_size > -50
+        spectrum = np.zeros(size // 2 + 1, dtype=np.complex128)
+        spectrum[kept] = np.prod([factor[kept] ** count for factor, count in factors], axis=0)
+        error = float(np.sum(np.exp(log_size[kept]) * relative_error[kept])) / size * 2
+        error_at_point = error + math.exp(-50) + transform_error / size
         raw = fft.irfft(spectrum, size)
         bottom = math.floor((mean - below) / h)
         window = bottom + np.arange(size)

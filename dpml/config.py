@@ -6,6 +6,7 @@ A field's docstring is its help text. `DPSGDConfig` is what `dpml.train_dpsgd` n
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from accounting.accountant import METHODS
 from accounting.events import check_count, check_number, check_relation
 
 Device = Literal["auto", "cpu", "cuda"]
+Schedule = Literal["constant", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class DPSGDConfig:
     """Clip norm C: the L2 norm to which each example's gradient is cut."""
     learning_rate: float = 0.5
     """Learning rate of stochastic gradient descent."""
+    schedule: Schedule = "constant"
+    """Learning rate over the run: constant, or linear (down to zero, which averages late noise away)."""
     momentum: float = 0.9
     """Momentum of stochastic gradient descent; 0 for none."""
     micro_batch_size: int = 128
@@ -62,26 +66,28 @@ class DPSGDConfig:
 
     def __post_init__(self) -> None:
         self._check_privacy()
-        owner = "a run"
         _number(self, "epochs", high=1e9)
-        check_count(self.batch_size, "batch_size", owner, low=1)
+        _count(self, "batch_size", low=1)
         _number(self, "sampling_probability", high=1, closed="right")
         if self.neighboring_relation is not None:
             check_relation(self.neighboring_relation)
         _number(self, "clip_norm", high=1e12)
         _number(self, "learning_rate", high=1e12)
-        check_number(self.momentum, "momentum", owner, low=0, high=1, closed="left")
-        check_count(self.micro_batch_size, "micro_batch_size", owner, low=1)
-        check_count(self.workers, "workers", owner)
-        check_count(self.seed, "seed", owner)
-        if self.insecure_noise_seed is not None:
-            check_count(self.insecure_noise_seed, "insecure_noise_seed", owner)
+        _number(self, "momentum", high=1, closed="left")
+        _count(self, "micro_batch_size", low=1)
+        _count(self, "workers")
+        _count(self, "seed")
+        _count(self, "insecure_noise_seed")
+        _switch(self, "log_not_private")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"The device must be auto, cpu or cuda. Got {self.device!r}.")
+        if self.schedule not in ("constant", "linear"):
+            raise UserError(f"The schedule must be constant or linear. Got {self.schedule!r}.")
         if self.accountant not in METHODS:
             raise UserError(f"The accountant must be one of {', '.join(METHODS)}. Got {self.accountant!r}.")
 
     def _check_privacy(self) -> None:
+        _switch(self, "non_private")
         wishes = [name for name in ("epsilon", "noise_multiplier") if getattr(self, name) is not None]
         wishes += ["non_private"] if self.non_private else []
         if len(wishes) != 1:
@@ -122,11 +128,37 @@ class DPSGDRun(DPSGDConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        dataset: object = self.dataset
+        if isinstance(dataset, os.PathLike):
+            object.__setattr__(self, "dataset", os.fspath(dataset))
         if not isinstance(self.dataset, str) or not self.dataset:
             raise UserError(f"The dataset must be a name or a path. Got {self.dataset!r}.")
+        _count(self, "classes", low=2)
+        _count(self, "image_size", low=1)
+
+
+# A checked number is kept as Python's own: NumPy's, which callers may pass, go into no JSON file.
 
 
 def _number(config: DPSGDConfig, name: str, *, high: float, closed: str = "neither") -> None:
     value = getattr(config, name)
-    if value is not None:
-        check_number(value, name, "a run", low=0, high=high, closed=closed)
+    if value is None and _is_optional(config, name):
+        return
+    object.__setattr__(config, name, check_number(value, name, "a run", low=0, high=high, closed=closed))
+
+
+def _count(config: DPSGDConfig, name: str, *, low: int = 0) -> None:
+    value = getattr(config, name)
+    if value is None and _is_optional(config, name):
+        return
+    object.__setattr__(config, name, check_count(value, name, "a run", low=low))
+
+
+def _is_optional(config: DPSGDConfig, name: str) -> bool:
+    return config.__dataclass_fields__[name].default is None
+
+
+def _switch(config: DPSGDConfig, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, bool):
+        raise UserError(f"The '{name}' parameter of a run must be True or False. Got {value!r}.")

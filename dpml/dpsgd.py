@@ -156,6 +156,9 @@ def train_dpsgd(
         if make_optimizer is None
         else make_optimizer(parameters)
     )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: 1 - done / sampling.steps if config.schedule == "linear" else 1.0
+    )
     folder = None if output is None else RunFolder(output)
     trackers = [*trackers, TensorBoard(folder.path)] if folder else list(trackers)
 
@@ -182,6 +185,7 @@ def train_dpsgd(
                         sums = mechanism.release(clipped, reservation)
                     set_gradients(parameters, sums, sampling.expected_batch_size)
                     optimizer.step()
+                    schedule.step()
                 if not report.step(step, model, clipped.diagnostics):
                     status = "diverged"
                     break

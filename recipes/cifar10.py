@@ -15,6 +15,7 @@ def dpsgd(private: bool = True) -> DPSGDRun:
         batch_size=1024,
         clip_norm=0.1,
         learning_rate=2.0,
+        schedule="linear",
         momentum=0.9,
         micro_batch_size=64,
     )

@@ -17,7 +17,9 @@ def dpsgd(private: bool = True) -> DPSGDRun:
         batch_size=2048,
         clip_norm=0.1,
         learning_rate=4.0,
+        schedule="linear",
         momentum=0.9,
+        micro_batch_size=64,
     )
 
 

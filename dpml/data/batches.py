@@ -26,7 +26,13 @@ class Examples:
         UserError: if `data` has no length, is empty, or yields something else than pairs.
     """
 
-    def __init__(self, data: Any, micro_batch_size: int, workers: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        data: Any,
+        micro_batch_size: int = 128,
+        workers: int = 0,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+    ) -> None:
         if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
             raise UserError(
                 "The training set must have a length and give its records by number (a map-style data "
