@@ -119,7 +119,9 @@ class PrivacyAccountant:
             return 0
         low, high = 1, 2
         while high < _MOST_REPETITIONS and self.fits(Repeated(event, high)):
-            low, high = high, 2 * high
+            low, high = high, min(2 * high, _MOST_REPETITIONS)
+        if high == _MOST_REPETITIONS and self.fits(Repeated(event, high)):
+            return high
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.fits(Repeated(event, middle)) else (low, middle)
@@ -183,14 +185,20 @@ class PrivacyAccountant:
         """The rule under which `event` would be admitted now, or None."""
         if not isinstance(event, Event):
             raise UserError(f"An accountant records events such as Gaussian(1.1). Got {event!r:.80}.")
-        counts = self._counts(Composed([*self._events, event]))
         if self.budget is None or self._filter is None:
+            self._counts(event)  # refuses what has no proof under the relation
             return "none"
+        counts = self._counts(Composed([*self._events, event]))
         if self._rule == "one plan by PLD":
             return None
         if self._filter.admits(counts):
             return "Rényi filter"
-        if self._rule == "none" and self._epsilon_of(counts, self.budget.delta) <= self.budget.epsilon:
+        if self._rule != "none":
+            return None
+        # PLD's bound is never above Rényi's, which is quicker.
+        budget = self.budget
+        fits = not counts or epsilon_from_rdp(rdp(counts), budget.delta) <= budget.epsilon
+        if fits or self._epsilon_of(counts, budget.delta) <= budget.epsilon:
             return "one plan by PLD"
         return None
 

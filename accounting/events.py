@@ -20,6 +20,9 @@ from accounting.errors import UnsupportedEvent, UserError
 
 SCHEMA_VERSION = 1
 _DEEPEST_NESTING = 32
+_MOST_RUNS = 10**15
+_LEAST_SCALE = 1e-6
+_LEAST_PROBABILITY = 1e-100
 
 NeighboringRelation = Literal["zero-out", "add-or-remove-one", "replace-one"]
 """Which two data sets must be hard to tell apart.
@@ -31,6 +34,11 @@ NeighboringRelation = Literal["zero-out", "add-or-remove-one", "replace-one"]
 - ``replace-one``: one record is replaced by any other, which doubles the sensitivity of a sum.
 """
 RELATIONS: tuple[NeighboringRelation, ...] = get_args(NeighboringRelation)
+
+
+def shown(value: object) -> str:
+    """`value` for a message: one line, at most 80 characters."""
+    return " ".join(repr(value).split())[:80]
 
 
 def check_number(
@@ -53,12 +61,15 @@ def check_number(
     interval = f"{'[' if left else '('}{low:g}, {high:g}{']' if right else ')'}"
     real = None if isinstance(value, bool) else value
     if isinstance(real, Real):
-        number = float(real)
+        try:
+            number = float(real)
+        except OverflowError:  # a huge int
+            number = math.inf
         above = number >= low if left else number > low
         below = number <= high if right else number < high
         if math.isfinite(number) and above and below:
             return number
-    raise UserError(f"The '{name}' parameter of {owner} must be in {interval}. Got {value!r}.")
+    raise UserError(f"The '{name}' parameter of {owner} must be in {interval}. Got {shown(value)}.")
 
 
 def check_count(value: object, name: str, owner: str, *, low: int = 0) -> int:
@@ -67,7 +78,7 @@ def check_count(value: object, name: str, owner: str, *, low: int = 0) -> int:
     if isinstance(whole, Integral) and low <= int(whole) <= 10**15:
         return int(whole)
     raise UserError(
-        f"The '{name}' parameter of {owner} must be a whole number from {low} to 10^15. Got {value!r}."
+        f"The '{name}' parameter of {owner} must be a whole number from {low} to 10^15. Got {shown(value)}."
     )
 
 
@@ -76,7 +87,7 @@ def check_relation(value: object) -> NeighboringRelation:
     for relation in RELATIONS:
         if value == relation:
             return relation
-    raise UserError(f"The neighbouring relation must be one of {', '.join(RELATIONS)}. Got {value!r}.")
+    raise UserError(f"The neighbouring relation must be one of {', '.join(RELATIONS)}. Got {shown(value)}.")
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ def _from_body(body: object, depth: int) -> Event:
             value = _from_body(value, depth + 1)
         elif name == "events":
             if not isinstance(value, list):
-                raise UserError(f"The 'events' of Composed must be a list. Got {value!r:.80}.")
+                raise UserError(f"The 'events' of Composed must be a list. Got {shown(value)}.")
             value = tuple(_from_body(part, depth + 1) for part in value)
         values[name] = value
     return kind(**values)
@@ -237,7 +248,7 @@ class Composed(Event):
 
 def _check_event(value: object, owner: str) -> None:
     if not isinstance(value, Event):
-        raise UserError(f"{owner} is made of events such as Gaussian(1.1). Got {value!r:.80}.")
+        raise UserError(f"{owner} is made of events such as Gaussian(1.1). Got {shown(value)}.")
 
 
 EVENT_TYPES: dict[str, type[Event]] = {
@@ -282,13 +293,16 @@ def atoms(event: Event, relation: NeighboringRelation = "zero-out") -> dict[Atom
     counts = merge_gaussians(counts)
     if relation == "replace-one":
         counts = {_doubled_sensitivity(atom): count for atom, count in counts.items()}
-    return counts
+    # Sorted, so that no sum over them depends on the order of recording.
+    return dict(sorted(counts.items(), key=lambda item: (item[0].noise, item[0].scale, item[0].q)))
 
 
 def _collect(event: Event, times: int, into: dict[Atom, int]) -> None:
     """Add `times` runs of `event` to the counts in `into`."""
     if times == 0:
         return
+    if times > _MOST_RUNS:
+        raise UnsupportedEvent(f"{event!r:.80} runs more than 10^15 times, which is not supported.")
     if isinstance(event, Repeated):
         _collect(event.event, times * event.count, into)
     elif isinstance(event, Composed):
@@ -303,10 +317,10 @@ def _collect(event: Event, times: int, into: dict[Atom, int]) -> None:
 
 
 def _elementary(event: Event) -> Atom:
-    if isinstance(event, Gaussian):
-        return Atom("gaussian", event.noise_multiplier)
-    if isinstance(event, Laplace):
-        return Atom("laplace", event.noise_multiplier)
+    if isinstance(event, Gaussian | Laplace):
+        if event.noise_multiplier < _LEAST_SCALE:  # ε above 10^6: as good as none
+            return Atom.NON_PRIVATE
+        return Atom("gaussian" if isinstance(event, Gaussian) else "laplace", event.noise_multiplier)
     if isinstance(event, NonPrivate):
         return Atom.NON_PRIVATE
     raise UnsupportedEvent(
@@ -333,7 +347,7 @@ def _sampled(event: PoissonSampled) -> dict[Atom, int]:
             "Gaussian, which is not supported; release them on a sample each, or use Gaussian noise for all."
         )
     # A sample of a sample holds each record independently with the product of the probabilities.
-    return {Atom(atom.noise, atom.scale, atom.q * q): 1}
+    return {Atom(atom.noise, atom.scale, max(atom.q * q, _LEAST_PROBABILITY)): 1}
 
 
 def merge_gaussians(counts: dict[Atom, int]) -> dict[Atom, int]:
@@ -343,7 +357,8 @@ def merge_gaussians(counts: dict[Atom, int]) -> dict[Atom, int]:
         return counts
     precision = math.fsum(k / a.scale**2 for a, k in plain.items())
     rest = {a: k for a, k in counts.items() if a not in plain}
-    return {Atom("gaussian", precision**-0.5): 1, **rest}
+    scale = precision**-0.5
+    return {Atom.NON_PRIVATE if scale < _LEAST_SCALE else Atom("gaussian", scale): 1, **rest}
 
 
 def _doubled_sensitivity(atom: Atom) -> Atom:

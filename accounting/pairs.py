@@ -170,7 +170,8 @@ def cells(atom: Atom, h: float, log_tail: float, direction: Direction) -> Cells:
         direction: "remove" for the pair (mixture, noise), "add" for (noise, mixture).
     """
     low, high = loss_range(atom, log_tail)
-    first, last = 2 * int(np.floor(low / (2 * h))), 2 * int(np.ceil(high / (2 * h)))
+    # One interval more at either end, so that rounding of the range cannot cut off a mass.
+    first, last = 2 * int(np.floor(low / (2 * h))) - 2, 2 * int(np.ceil(high / (2 * h))) + 2
     edges = _base_loss(np.arange(first, last + 1, dtype=np.float64) * h, atom.q)
     (m0, below0, above0), (m1, below1, above1), slack = _masses(atom, edges)
     mixture = (1 - atom.q) * m0 + atom.q * m1
@@ -187,6 +188,8 @@ def _mixture_loss(base_loss: float, q: float) -> float:
     """log(1 − q + q·e^loss)."""
     if q == 1:
         return base_loss
+    if abs(base_loss) < 1:  # log1p keeps relative precision where the loss is tiny
+        return float(np.log1p(q * np.expm1(base_loss)))
     return float(np.logaddexp(np.log1p(-q), np.log(q) + base_loss))
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import fft, optimize
-from scipy.special import log_ndtr
+from scipy.special import erfcx, log_ndtr
 
 from accounting.events import Atom, merge_gaussians
 from accounting.pairs import UNIT, Direction, Lattice, cells, loss_range
@@ -63,7 +63,9 @@ def epsilon_bounds(
         return math.inf, math.inf
     exact = _only_gaussian(counts)
     if exact is not None:
-        return _widen(_gaussian_epsilon(exact.scale, delta), 1e-9)
+        # Near δ(0) a relative error of δ is a larger one of ε, so both are widened.
+        below = _gaussian_epsilon(exact.scale, min(delta * (1 + 1e-9), 1 - UNIT)) * (1 - 1e-9)
+        return below, _gaussian_epsilon(exact.scale, delta * (1 - 1e-9)) * (1 + 1e-9)
     lower, upper, _ = _bracket(counts, delta, tolerance)
     return lower, upper
 
@@ -86,6 +88,8 @@ def epsilon_curve(
     if most == 0 or not counts or Atom.NON_PRIVATE in counts or _only_gaussian(whole):
         return [epsilon_bounds(_times(counts, m), delta, tolerance) for m in multiples]
     _, _, grid = _bracket(whole, delta, tolerance)
+    if grid is None:
+        return [epsilon_bounds(_times(counts, m), delta, tolerance) for m in multiples]
     return [_curve_point(counts, grid, m, most, delta) for m in multiples]
 
 
@@ -110,16 +114,20 @@ def _times(counts: Mapping[Atom, int], multiple: int) -> dict[Atom, int]:
     return merge_gaussians({atom: count * multiple for atom, count in counts.items() if multiple})
 
 
-def _bracket(counts: Mapping[Atom, int], delta: float, tolerance: float) -> tuple[float, float, _Grid]:
+def _bracket(counts: Mapping[Atom, int], delta: float, tolerance: float) -> tuple[float, float, _Grid | None]:
     """Narrow a bracket on ε from coarse to fine; the last grid serves for other questions."""
     rho = rdp(counts)
     tilt = best_order(rho, delta) - 1
     lower, upper = 0.0, min(epsilon_from_rdp(rho, delta), _pure_epsilon(counts))
+    grid: _Grid | None = None
     for grid in _grids(counts, upper, tilt, tolerance):
+        before = upper - lower
         lower = max(lower, *(_epsilon(p, delta, tilt, upper=False) for p in grid.lower))
         upper = min(upper, max(_epsilon(p, delta, tilt, upper=True) for p in grid.upper))
         upper = max(lower, upper)
         if not grid.refine(upper - lower, tolerance * upper + 1e-9):
+            break
+        if lower > 0 and upper - lower > 0.95 * before:  # the window is full: finer lattices say less
             break
     return lower, upper, grid
 
@@ -146,12 +154,15 @@ def delta_bounds(
     tilt = best_order(rho, max(renyi, 1e-300)) - 1
     lower, upper = 0.0, renyi
     for grid in _grids(counts, max(epsilon, 1e-6), tilt, tolerance):
+        before = upper - lower
         lower = max(lower, *(_delta(p, epsilon, tilt, upper=False) for p in grid.lower))
         upper = min(upper, max(_delta(p, epsilon, tilt, upper=True) for p in grid.upper))
         upper = max(lower, upper)
         # d log δ / dε is about −(tilt + 1) near ε.
         wanted = (1 + tilt) * tolerance * max(epsilon, 1e-6) * upper
         if not grid.refine(upper - lower, min(wanted, 0.2 * upper) + 1e-300):
+            break
+        if lower > 0 and upper - lower > 0.95 * before:
             break
     return lower, upper
 
@@ -168,18 +179,25 @@ def _only_gaussian(counts: Mapping[Atom, int]) -> Atom | None:
 def _log_gaussian_delta(sigma: float, epsilon: float) -> float:
     """Log δ(ε) of the Gaussian mechanism: Balle & Wang 2018, Theorem 8."""
     mu = 1 / sigma
-    gain = log_ndtr(mu / 2 - epsilon / mu)
-    loss = epsilon + log_ndtr(-mu / 2 - epsilon / mu)
-    return float(gain + np.log(-np.expm1(min(loss - gain, -1e-300))))
+    z = epsilon / mu
+    gain = log_ndtr(mu / 2 - z)
+    if mu < 1:
+        # loss − gain = ε − ∫ (log Φ)′ over [−z − μ/2, −z + μ/2], without the cancellation.
+        nodes, weights = np.polynomial.legendre.leggauss(20)
+        hazard = math.sqrt(2 / math.pi) / erfcx((z - mu * nodes / 2) / math.sqrt(2))
+        gap = -mu * float(weights @ (hazard - z)) / 2
+    else:
+        gap = float(epsilon + log_ndtr(-mu / 2 - z) - gain)
+    return float(gain + np.log(-np.expm1(min(gap, -1e-300))))
 
 
 def _gaussian_epsilon(sigma: float, delta: float) -> float:
     if _log_gaussian_delta(sigma, 0.0) <= math.log(delta):
         return 0.0
     mu = 1 / sigma
-    high = mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1e-12
+    high = (mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta))) * (1 + 1e-9)
     root = optimize.brentq(
-        lambda e: _log_gaussian_delta(sigma, e) - math.log(delta), 0.0, high, xtol=1e-14, rtol=1e-13
+        lambda e: _log_gaussian_delta(sigma, e) - math.log(delta), 0.0, high, xtol=1e-16 * high, rtol=1e-13
     )
     return float(root)
 
@@ -216,7 +234,7 @@ class _Grid:
         if gap <= wanted or self.h <= self.finest:
             return False
         # The gap shrinks with h² where cells are narrower than the losses spread, else with h.
-        ratio = min(0.6, max(1 / 16, 0.9 * math.sqrt(wanted / gap)))
+        ratio = min(0.6, max(1 / 4, 0.9 * math.sqrt(wanted / gap)))
         self.next_h = max(self.finest, self.h * ratio)
         return True
 
@@ -228,7 +246,9 @@ def _grids(counts: Mapping[Atom, int], epsilon: float, tilt: float, tolerance: f
     finest = max(max(widths) / MOST_CELLS, sum(w * w for w in widths) ** 0.5 * 1e-12)
     # Spreading a mass over a cell of width h adds a variance of about h²/6 a step.
     guess = math.sqrt(3 * tolerance * max(epsilon, 0.05) / (steps * (1 + tilt)))
-    h: float | None = max(finest, min(guess, max(widths) / 200))
+    h: float | None = max(finest, min(guess, max(widths) / 200, 50.0))
+    if finest > 50:  # e^h must not overflow; Rényi's bound serves
+        return
     while h is not None:
         both: list[tuple[list[Part], list[Part]]] = []
         directions: tuple[Direction, Direction] = ("remove", "add")
@@ -249,7 +269,9 @@ def _epsilon(parts: list[Part], delta: float, tilt: float, *, upper: bool) -> fl
         found, inside = tilted.epsilon(delta, upper=upper)
         if inside:
             return found
-        tilt = _tilt_for(parts, found, tilt)
+        before, tilt = tilt, _tilt_for(parts, found, tilt)
+        if tilt == before:
+            break
     return math.inf if upper else 0.0
 
 
@@ -379,8 +401,9 @@ class _Tilted:
         kept = log_size > -50
         spectrum = np.zeros(size // 2 + 1, dtype=np.complex128)
         spectrum[kept] = np.prod([factor[kept] ** count for factor, count in factors], axis=0)
-        error = float(np.sum(np.exp(log_size[kept]) * relative_error[kept])) / size * 2
-        error_at_point = error + math.exp(-50) + transform_error / size
+        # The factors' errors, the inverse transform's, and what was left out.
+        errors = np.exp(log_size[kept]) * (relative_error[kept] + transform_error)
+        error_at_point = 2 * float(errors.sum()) / size + math.exp(-50) + transform_error / size
         raw = fft.irfft(spectrum, size)
         bottom = math.floor((mean - below) / h)
         window = bottom + np.arange(size)

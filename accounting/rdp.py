@@ -58,9 +58,10 @@ def _divergence(atom: Atom, orders: FloatArray) -> FloatArray:
     else:
         unsampled = np.full(len(orders), 1 / atom.scale)  # pure ε-DP bounds every order
         log_a_minus_1 = _sampled_laplace(atom, orders)
-    sampled = np.logaddexp(0, log_a_minus_1 + _RELATIVE_SLACK) / (orders - 1)
+    log_a_minus_1 += _RELATIVE_SLACK + 1e-14 * np.abs(log_a_minus_1)
+    sampled = np.logaddexp(0, log_a_minus_1) / (orders - 1)
     # For A − 1 far below one, logaddexp keeps only absolute precision; log1p(x) ≤ x keeps relative.
-    tiny = np.exp(np.minimum(log_a_minus_1 + _RELATIVE_SLACK, 0)) / (orders - 1)
+    tiny = np.exp(np.minimum(log_a_minus_1, 0)) / (orders - 1)
     sampled = np.where(log_a_minus_1 < -30, tiny, sampled)
     return np.minimum(sampled, unsampled)
 
@@ -113,11 +114,27 @@ def _gaussian_quadrature(atom: Atom, orders: FloatArray) -> FloatArray:
 def _sampled_laplace(atom: Atom, orders: FloatArray) -> FloatArray:
     """log(A − 1) for the (sampled) Laplace mechanism: constant losses outside [0, 1], quadrature inside."""
     rate = 1 / atom.scale
-    nodes, weights = np.polynomial.legendre.leggauss(128 if rate < 50 else 1024)
-    x, w = (nodes + 1) / 2, weights / 2
+    x, w = _graded_nodes(rate, atom.q, float(orders.max()))
     loss = np.concatenate([[-rate], rate * (2 * x - 1), [rate]])
     log_mass = np.concatenate([[np.log(0.5)], np.log(w * rate / 2) - rate * x, [np.log(0.5) - rate]])
     return np.asarray(logsumexp(_log_excess(loss, atom.q, orders) + log_mass, axis=1))
+
+
+def _graded_nodes(rate: float, q: float, top: float) -> tuple[FloatArray, FloatArray]:
+    """Nodes and weights on [0, 1], dense where the integrand is steep.
+
+    It changes by e^{rate·x} around 0, likewise around the point where the mixture's two parts are equal,
+    and by e^{2·α·rate·x} around 1. Panels shrink geometrically to these points, until they are flat.
+    """
+    equal = 0.5 + (np.log1p(-q) - np.log(q)) / (2 * rate) if q < 1 else 0.5
+    edges = [0.0, 1.0]
+    for centre, slope in ((0.0, rate), (float(np.clip(equal, 0, 1)), 2 * rate), (1.0, 2 * top * rate)):
+        halvings = np.arange(max(1, int(np.ceil(np.log2(max(slope / 8, 1)))) + 1))
+        edges += [centre, *(centre + 0.5**halvings), *(centre - 0.5**halvings)]
+    ends = np.unique(np.clip(edges, 0, 1))
+    nodes, weights = np.polynomial.legendre.leggauss(24)
+    half = np.diff(ends)[:, None] / 2
+    return (ends[:-1, None] + half * (nodes + 1)).ravel(), (half * weights).ravel()
 
 
 def _log_excess(loss: FloatArray, q: float, orders: FloatArray) -> FloatArray:
@@ -126,8 +143,10 @@ def _log_excess(loss: FloatArray, q: float, orders: FloatArray) -> FloatArray:
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         v = q * np.expm1(loss)[None, :]
         log_ratio = np.logaddexp(np.log1p(-q), np.log(q) + loss) if q < 1 else loss
+        log_ratio = np.where(np.abs(v[0]) < 0.5, np.log1p(v[0]), log_ratio)
         power = alpha * log_ratio[None, :]
-        direct = np.log(np.expm1(power) - alpha * v)
+        # The same as (1+v)^α − 1 − αv, but with α − 1 factored out, which may be small.
+        direct = np.log((1 + v) * np.expm1((alpha - 1) * log_ratio) - (alpha - 1) * v)
         # 1 + αv = 1 − α + α·e^log_ratio, kept in the exponent so that nothing overflows.
         rest = (1 - alpha) * np.exp(-power) + alpha * np.exp((1 - alpha) * log_ratio)
         large = power + np.log1p(-rest)

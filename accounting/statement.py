@@ -77,15 +77,12 @@ def statement(facts: PrivacyFacts) -> str:
     stopped = (
         ""
         if f.status == "completed"
-        else f"The run was stopped after {f.steps:,} of {f.planned_steps:,} steps. If the moment was chosen by "
+        else f"The run {_ENDS.get(f.status, 'ended')} after {f.steps:,} of {f.planned_steps:,} steps. If the moment was chosen by "
         "someone who saw results, what was spent until then is an odometer reading and no guarantee. The "
         f"guarantee is that of the whole plan, above. The reading: ε = {_up(f.epsilon_spent)}.\n\n"
     )
-    size = (
-        "the number of training records"
-        if f.n_is_public
-        else "nothing about the training records, their number included"
-    )
+    size = "the number of training records, " if f.n_is_public else ""
+    hidden = "" if f.n_is_public else " The number of training records is not."
     test = (
         "The test set is that of a public benchmark."
         if f.test_set_is_public
@@ -106,8 +103,8 @@ def statement(facts: PrivacyFacts) -> str:
 - **What that means**: whoever sees the model, and every model on the way to it, and knows all other records, \
 can hardly tell whether or how one record took part. Any event is at most e^ε ≈ {_power(f.epsilon)} times as \
 likely with the record as without it, up to δ.
-- **What is public**: {size}, the form of a record (shape, number of classes), and every setting in \
-`summary.json`.
+- **What is public**: {size}the form of a record (shape, number of classes), and every setting in \
+`summary.json`.{hidden}
 - **What is covered**: the weights after every step. {test}
 - **What is not covered**: records that appear several times or belong to the same person (protection weakens \
 with the number of such records); choices made by looking at the private data, such as hyperparameters tuned on \
@@ -122,7 +119,7 @@ it; timing and memory use.{logs}
 | slack of the clipping, charged | {f.sensitivity_slack:g} |
 | accountant | {_ACCOUNTANTS[f.accountant]} |
 | ε, upper bound (the guarantee) | {_up(f.epsilon)} |
-| ε, lower bound for the dominating pair | {f.epsilon_lower:.4f} |
+| ε, lower bound for the dominating pair | {_down(f.epsilon_lower)} |
 | noise and sampling | {"secret, keyed by the operating system" if f.noise_is_secret else "SEEDED, not secret"} |
 
 The events behind these figures are in `privacy_events.json`; \
@@ -130,6 +127,10 @@ The events behind these figures are in `privacy_events.json`; \
 """
 
 
+_ENDS = {
+    "stopped": "was stopped",
+    "diverged": "ended, because its weights were not finite any more,",
+}
 _ACCOUNTANTS = {
     "pld": "privacy-loss distributions, certified from both sides",
     "rdp": "Rényi differential privacy",
@@ -140,6 +141,12 @@ def _up(value: float) -> str:
     """Four decimals, rounded up: a statement never says less than the bound."""
     rounded = round(value, 4)
     return f"{rounded if rounded >= value else rounded + 1e-4:.4f}"
+
+
+def _down(value: float) -> str:
+    """Four decimals, rounded down: a lower bound stays one."""
+    rounded = round(value, 4)
+    return f"{rounded if rounded <= value else rounded - 1e-4:.4f}"
 
 
 def _power(epsilon: float) -> str:

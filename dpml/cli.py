@@ -6,16 +6,19 @@ says what to change), 3 where the budget does not allow the run, 130 after Ctrl-
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from accounting import (
     BudgetExceeded,
@@ -50,12 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), WRONG_CALL)
     except (KeyboardInterrupt, click.Abort):
-        return _complain("Interrupted; nothing was trained.", INTERRUPTED)
+        return _complain("Interrupted.", INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         return FAILED
     except OSError as error:
-        return _complain(f"{error.strerror or error} ({error.filename or 'no file'}).", FAILED)
+        where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+        return _complain(f"{error.strerror or error}{where}.", FAILED)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's own class for this is one of the GPU alone; on the CPU only the words tell.
+        if not isinstance(error, MemoryError) and not re.search("out of memory|t allocate", str(error)):
+            raise
+        return _complain(
+            "There is not enough memory; choose a smaller micro-batch size, batch size or model.", FAILED
+        )
 
 
 def _complain(message: str, status: int) -> int:
@@ -96,7 +107,11 @@ def train_dpsgd(output: Path | None, **values: Any) -> int:
     if output is None:
         now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         output = Path("runs") / f"{Path(run.dataset).stem}-dpsgd-{now}"
-    result = run_dpsgd(run, output=output, trackers=[ProgressLine(Path(run.dataset).name)])
+    progress = ProgressLine(Path(run.dataset).name)
+    try:
+        result = run_dpsgd(run, output=output, trackers=[progress])
+    finally:
+        progress.finish()  # an error must not leave the terminal without its cursor
     _show_run(result.summary, output)
     return {"completed": OK, "stopped": INTERRUPTED}.get(result.status, FAILED)
 
@@ -111,22 +126,24 @@ def _configuration(given: dict[str, Any]) -> DPSGDRun:
     # The wish for privacy is the caller's alone: a recipe's own ε, δ or noise never stands in for it.
     for wish in ("epsilon", "noise_multiplier", "delta", "non_private"):
         base.pop(wish, None)
-    return DPSGDRun(**{**base, **given})
+    # A recipe knows where its data is: for one from another package, the name typed is the recipe's alone.
+    dataset = {} if recipe is None else {"dataset": recipe.dataset}
+    return DPSGDRun(**{**base, **given, **dataset})
 
 
 def _show_run(summary: dict[str, Any], output: Path) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = {}
     if summary["epsilon"] is None:
-        table.add_row("ε", "∞ (no privacy)")
+        rows["ε"] = "∞ (no privacy)"
     else:
-        table.add_row("ε", f"{summary['epsilon']:.4f} at δ = {summary['delta']:g} ({_relation(summary)})")
-        table.add_row("noise multiplier", f"{summary['noise_multiplier']:.4f}")
+        rows["ε"] = f"{summary['epsilon']:.4f} at δ = {summary['delta']:g} ({_relation(summary)})"
+        rows["noise multiplier"] = f"{summary['noise_multiplier']:.4f}"
     if summary["test_accuracy"] is not None:
-        table.add_row("test accuracy", f"{summary['test_accuracy']:.2%}")
-    table.add_row("training", f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s")
-    table.add_row("output", str(output))
-    table.add_row("curves", f"tensorboard --logdir {output}")
-    Console(highlight=False).print(table)
+        rows["test accuracy"] = f"{summary['test_accuracy']:.2%}"
+    rows["training"] = f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s"
+    rows["output"] = str(output)
+    rows["curves"] = f"tensorboard --logdir {shlex.quote(str(output))}"
+    _table(rows)
     if summary["status"] == "stopped":
         _say_stopped(summary)
     if summary["status"] == "diverged":
@@ -183,7 +200,7 @@ def account(ctx: click.Context, events: Path | None, delta: float | None, as_jso
     _print(report, as_json)
 
 
-_plan_options = options_from(DPSGDConfig, only=_QUESTION)
+_plan_options = options_from(DPSGDConfig, only=_QUESTION, required=("batch_size", "epochs"))
 
 
 def _dpsgd_question(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,9 +249,6 @@ def calibrate_dpsgd(epsilon: float, delta: float, as_json: bool, **values: Any) 
 def _sampling(values: dict[str, Any]) -> tuple[SamplingPlan, Any]:
     given = typed(values)
     method = given.pop("accountant", "pld")
-    for needed in ("batch_size", "epochs"):
-        if needed not in given:
-            raise click.UsageError(f"Missing option '--{needed.replace('_', '-')}'.")
     return SamplingPlan.of(examples=given.pop("examples", None), **given), method
 
 
@@ -256,11 +270,19 @@ def _print(report: dict[str, Any], as_json: bool) -> None:
         finite = {k: None if v == float("inf") else v for k, v in report.items()}
         click.echo(json.dumps(finite, indent=2, ensure_ascii=False))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in report.items():
-        text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        table.add_row(key.replace("_", " "), text)
-    Console(highlight=False).print(table)
+    _table(
+        {
+            key.replace("_", " "): f"{value:.6g}" if isinstance(value, float) else str(value)
+            for key, value in report.items()
+        }
+    )
+
+
+def _table(rows: Mapping[str, str]) -> None:
+    """Print in two columns. Nothing is wrapped, so that paths can be copied and lines be searched."""
+    width = max(map(len, rows))
+    for key, value in rows.items():
+        click.echo(f"{key:<{width}}  {value}")
 
 
 # ---------------------------------------------------------------- recipes
@@ -269,16 +291,29 @@ def _print(report: dict[str, Any], as_json: bool) -> None:
 @dpml.command()
 def recipes() -> None:
     """List the recipes: complete configurations, which `train` takes a data set's defaults from."""
-    from dpml.registry import recipe_entries
+    from dpml.registry import load_recipe, recipe_entries
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recipe")
-    table.add_column("what")
+    rows = {}
     for name, entry in recipe_entries().items():
-        table.add_row(name, (entry.load().__doc__ or "").strip().splitlines()[0])
-    Console(highlight=False).print(table)
+        try:
+            words = (load_recipe(entry).__doc__ or "").strip()
+        except UserError as error:  # one broken package must not hide the others
+            words = str(error)
+        rows[name] = words.splitlines()[0] if words else "(no description)"
+    if rows:
+        _table(rows)
 
 
 def run() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # ε and δ must not end a run where there is no Greek
+            stream.reconfigure(errors="backslashreplace")
+    threading.excepthook = _thread_failed
     sys.exit(main())
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread. It raises a full disk again for `main`: no traceback for that here."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)

@@ -147,9 +147,10 @@ def train_dpsgd(
         sampling_probability=config.sampling_probability,
         neighboring_relation=config.neighboring_relation,
     )
+    engine = OpacusEngine()
     model = (make_trainable(model) if fix_model else model).to(device).train()
     if not config.non_private:
-        require_trainable(model, examples.probe())
+        require_trainable(model, examples.probe(), engine)
     parameters = trainable_parameters(model)
     optimizer = (
         torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
@@ -163,7 +164,7 @@ def train_dpsgd(
     trackers = [*trackers, TensorBoard(folder.path)] if folder else list(trackers)
 
     sampler = PoissonSampler(len(examples), sampling.sampling_probability, _random(config, "sampling"))
-    mechanism = None if config.non_private else _mechanism(config, sampling, sampler, OpacusEngine())
+    mechanism = None if config.non_private else _mechanism(config, sampling, sampler, engine)
     plan: Event = NonPrivate() if mechanism is None else mechanism.plan(sampling.steps)
     accountant = PrivacyAccountant(
         config.accountant, budget=config.budget, neighboring_relation=sampling.neighboring_relation

@@ -33,4 +33,6 @@ class GaussianNoise:
         sizes = [math.prod(shape) for shape in shapes]
         values = torch.from_numpy(self.randomness.normals(sum(sizes)))
         values *= self.noise_multiplier * clip_norm
-        return [part.view(*shape) for part, shape in zip(torch.split(values, sizes), shapes, strict=True)]
+        return [
+            part.view(tuple(shape)) for part, shape in zip(torch.split(values, sizes), shapes, strict=True)
+        ]

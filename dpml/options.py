@@ -52,11 +52,9 @@ def _option(
     kind = _without_none(hint)
     if kind is bool:
         return click.option(flag, item.name, is_flag=True, default=None, help=text)
-    if get_origin(kind) is Literal:
-        choice: Any = click.Choice(get_args(kind))
-    else:
-        choice = kind
-    return click.option(flag, item.name, type=choice, default=None, required=item.name in required, help=text)
+    choice: Any = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
+    # No default, not even None: to click, that would be a value for an option that must be typed.
+    return click.option(flag, item.name, type=choice, required=item.name in required, help=text)
 
 
 def _without_none(hint: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import nn
 
@@ -53,9 +54,15 @@ class RunFolder:
 
     def write_model(self, name: str, model: nn.Module) -> None:
         """Write a model's weights as safetensors, atomically."""
-        temporary = self.path / f".{name}.tmp"
-        safetensors.torch.save_model(model, str(temporary))
-        temporary.replace(self.path / name)
+        # By way of a file of its own: safetensors shares a tied weight only when it writes one, and that
+        # file has mode 600 and has not reached the disk.
+        with tempfile.TemporaryDirectory(prefix=".", dir=self.path) as folder:
+            written = Path(folder) / name
+            try:
+                safetensors.torch.save_model(model, str(written))
+            except safetensors.SafetensorError as error:
+                raise OSError(f"cannot write {str(self.path / name)!r}: {error}") from error
+            self._replace(name, written.read_bytes())
 
     def _replace(self, name: str, content: bytes) -> None:
         temporary = self.path / f".{name}.tmp"
@@ -97,8 +104,8 @@ def read_events(path: str | os.PathLike[str]) -> tuple[list[Event], list[Event],
         raise UserError(f"{name!r} is not an events file of version {EVENTS_VERSION}.")
     lists = []
     for key in ("planned", "committed"):
-        if not isinstance(data.get(key), list):
-            raise UserError(f"The events file {name!r} has no list {key!r}.")
+        if not isinstance(data.get(key), list) or not data[key]:
+            raise UserError(f"The events file {name!r} has no list {key!r} of at least one event.")
         lists.append([Event.from_dict(item) for item in data[key]])
     return lists[0], lists[1], data
 

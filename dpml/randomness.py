@@ -53,13 +53,13 @@ class Randomness:
         return np.frombuffer(b"".join(parts), dtype="<u8").astype(np.uint64, copy=False)
 
     def uniforms(self, count: int) -> npt.NDArray[np.float64]:
-        """`count` independent uniform odd multiples of 2⁻⁵⁴ in (0, 1), shape [count]."""
-        return ((self.words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        """`count` independent uniform odd multiples of 2⁻⁵³ in (0, 1), shape [count]."""
+        return ((self.words(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normals(self, count: int) -> npt.NDArray[np.float64]:
         """`count` independent standard normal numbers in float64, by Box & Muller 1958. Shape [count].
 
-        The largest magnitude that can occur is √(2·54·ln 2) ≈ 8.65, beyond which a normal has mass 5e-18.
+        The largest magnitude that can occur is √(2·53·ln 2) ≈ 8.57, beyond which a normal has mass 1e-17.
         """
         half = (count + 1) // 2
         radius = np.sqrt(-2 * np.log(self.uniforms(half)))

@@ -12,17 +12,32 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 Scalars = Mapping[str, float]
 _LINES = 4
 _HYPERPARAMETERS = (
-    "dataset model epsilon delta noise_multiplier clip_norm epochs expected_batch_size learning_rate momentum "
-    "planned_steps neighboring_relation seed non_private"
-).split()
+    "dataset",
+    "model",
+    "epsilon",
+    "delta",
+    "noise_multiplier",
+    "clip_norm",
+    "epochs",
+    "expected_batch_size",
+    "learning_rate",
+    "momentum",
+    "planned_steps",
+    "neighboring_relation",
+    "seed",
+    "non_private",
+)
 
 
 class Tracker(Protocol):
@@ -55,10 +70,11 @@ class ProgressLine:
 
     def __init__(self, label: str, stream: TextIO | None = None) -> None:
         self._label = label
-        self._console = Console(file=stream or sys.stderr)
+        # A label may hold anything that a file's name may: [red], :cat:.
+        self._console = Console(file=stream or sys.stderr, markup=False, emoji=False)
         self._live = self._console.is_terminal
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("steps · {task.fields[note]}"),
@@ -110,20 +126,21 @@ class TensorBoard:
     """Writes scalars, the configuration as text, and hyperparameters to a folder for TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
-        # Imported here: it takes a second, and only runs with an output folder need it.
-        from torch.utils.tensorboard import SummaryWriter
-
         self._folder = folder
-        self._writer = SummaryWriter(str(folder))
         self._private: SummaryWriter | None = None
         self._config: Mapping[str, object] = {}
         self._tags: set[str] = set()
 
     def start(self, planned_steps: int, config: Mapping[str, object]) -> None:
-        """Write the configuration."""
+        """Write the configuration. Before this, nothing is in the folder: a refused run leaves none."""
+        # Imported here: it takes a second, and only runs with an output folder need it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        del planned_steps  # it is in the configuration
+        self._writer = SummaryWriter(str(self._folder))
         self._config = config
         rows = "\n".join(f"| {key} | `{value}` |" for key, value in config.items() if value is not None)
-        text = f"| setting | value |\n| --- | --- |\n{rows}\n| planned steps | `{planned_steps:,}` |"
+        text = f"| setting | value |\n| --- | --- |\n{rows}"
         bounds = ["Multiline", ["privacy/epsilon", "privacy/epsilon_lower"]]
         self._writer.add_custom_scalars({"privacy": {"ε, upper and lower bound": bounds}})
         self._writer.add_text("configuration", text, 0)

@@ -11,6 +11,7 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
+from accounting.errors import UserError
 from dpml.gradients.engine import (
     ClippedSum,
     Clipping,
@@ -68,21 +69,34 @@ class OpacusEngine:
 def _per_example(model: nn.Module) -> Iterator[nn.Module]:
     """Attach Opacus's hooks for the duration of one sample, and leave the model as it was."""
     saved = [(p, p.grad) for p in model.parameters()]
-    hooked = GradSampleModule(model, loss_reduction="sum")
+    for parameter, _ in saved:
+        parameter.grad = None  # a backward pass would add private gradients to the caller's tensor, in place
+    hooked: GradSampleModule | None = None
     try:
+        hooked = GradSampleModule(model, loss_reduction="sum")
         with warnings.catch_warnings():
             # Inputs need no gradient, and torch says so in every backward pass.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             yield hooked
     finally:
-        hooked.to_standard_module()
+        if hooked is not None:
+            hooked.to_standard_module()
+        else:  # it refused the model, with some hooks attached already
+            for handle in getattr(model, "autograd_grad_sample_hooks", ()):
+                handle.remove()
         for parameter, gradient in saved:
             parameter.grad = gradient
             for name in ("grad_sample", "_forward_counter", "_current_grad_sample"):
                 if hasattr(parameter, name):
                     delattr(parameter, name)
         for module in model.modules():
-            for name in ("activations", "max_batch_len"):  # left behind by an interrupted pass
+            # left behind by an interrupted pass, or by a model that was refused
+            for name in (
+                "activations",
+                "max_batch_len",
+                "autograd_grad_sample_hooks",
+                "ft_compute_sample_grad",
+            ):
                 if hasattr(module, name):
                     delattr(module, name)
 
@@ -94,4 +108,9 @@ def _take_gradient(parameter: nn.Parameter, examples: int) -> Tensor:
     parameter.grad = None
     if gradient is None:
         return parameter.new_zeros(examples, parameter.numel())
-    return gradient.detach().flatten(1)
+    if len(gradient) != examples:
+        raise UserError(
+            f"A layer computed the gradients of {len(gradient)} rows for {examples} examples; each layer "
+            "must see the batch as its first dimension."
+        )
+    return gradient.detach().reshape(examples, parameter.numel())
