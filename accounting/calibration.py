@@ -50,9 +50,9 @@ def calibrate_noise_multiplier(
     high = _bisect(lambda noise: epsilon(noise, "rdp") - budget.epsilon, budget, relative=1e-3)
     if method == "rdp" and epsilon(high, "rdp") >= (1 - tolerance) * budget.epsilon:
         return high
-    low = high
+    low, factor = high, 0.9
     while epsilon(low, method) <= budget.epsilon:
-        high, low = low, low * 0.9
+        high, low, factor = low, low * factor, factor**2
         if low < LEAST_NOISE:
             return high
     # False position on log ε against log σ, which is nearly a line; every second step halves the side that

@@ -9,6 +9,8 @@ from accounting.accountant import Method
 from accounting.events import Event, NeighboringRelation, atoms, check_count, check_number
 from accounting.rdp import epsilon_from_rdp, rdp
 
+_LARGE = 100.0  # beyond this a curve is drawn by Rényi bounds alone: quick, and large either way
+
 
 def epsilon_curve(
     step: Event,
@@ -32,11 +34,11 @@ def epsilon_curve(
     delta = check_number(delta, "delta", "epsilon_curve()", low=0, high=1)
     steps = [check_count(count, "steps", "epsilon_curve()") for count in steps]
     counts = atoms(step, neighboring_relation)
+    rho = rdp(counts)
+    renyi = [epsilon_from_rdp(k * rho, delta) if k and counts else 0.0 for k in steps]
+    if max(renyi, default=0.0) > _LARGE:
+        return [(0.0, upper) for upper in renyi]
     bounds = pld.epsilon_curve(counts, steps, delta)
-    if method == "rdp" and counts:
-        rho = rdp(counts)
-        return [
-            (lower, max(lower, epsilon_from_rdp(k * rho, delta) if k else 0.0))
-            for (lower, _), k in zip(bounds, steps, strict=True)
-        ]
+    if method == "rdp":
+        bounds = [(lower, max(lower, upper)) for (lower, _), upper in zip(bounds, renyi, strict=True)]
     return bounds

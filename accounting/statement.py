@@ -94,6 +94,12 @@ def statement(facts: PrivacyFacts) -> str:
         if f.not_private_logs
         else ""
     )
+    rounding = (
+        " The rounding of other records' float32 gradients when they change places in a batch is covered by "
+        "the slack below for ordinary networks, but not proven for inputs of extreme scale."
+        if f.relation == "add-or-remove-one"
+        else ""
+    )
     return f"""# Privacy statement
 
 {warning}The model trained on `{f.dataset}` by {f.method} satisfies **(ε, δ)-differential privacy with ε = \
@@ -108,7 +114,7 @@ likely with the record as without it, up to δ.
 - **What is covered**: the weights after every step. {test}
 - **What is not covered**: records that appear several times or belong to the same person (protection weakens \
 with the number of such records); choices made by looking at the private data, such as hyperparameters tuned on \
-it; timing and memory use.{logs}
+it; timing and memory use.{rounding}{logs}
 
 | | |
 | --- | --- |

@@ -148,6 +148,15 @@ def _show_run(summary: dict[str, Any], output: Path) -> None:
         _say_stopped(summary)
     if summary["status"] == "diverged":
         click.echo("dpml: the weights are not finite any more; lower the learning rate.", err=True)
+    if (
+        summary["n_is_public"]
+        and summary["delta"] * summary["expected_batch_size"] >= (summary["sampling_probability"])
+    ):
+        click.echo(
+            f"dpml: δ = {summary['delta']:g} is not below one over the number of records: it would allow to "
+            "publish a whole record now and then; choose a smaller one.",
+            err=True,
+        )
     if summary["noise_is_secret"] is False:
         click.echo("dpml: noise came from a known seed; this run is not for release.", err=True)
 
@@ -190,6 +199,9 @@ def account(ctx: click.Context, events: Path | None, delta: float | None, as_jso
     method = record.get("accountant", "pld")
     answers = {"planned": planned, "committed": committed}
     report: dict[str, Any] = {"delta": delta, "neighboring_relation": relation, "accountant": method}
+    if record.get("status") == "running":  # the run goes on, or was killed: only its plan is known
+        del answers["committed"]
+        report |= {"committed_epsilon": None, "committed_epsilon_lower": None}
     for name, parts in answers.items():
         accountant = PrivacyAccountant(method, neighboring_relation=relation)
         for event in parts:

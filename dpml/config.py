@@ -55,9 +55,9 @@ class DPSGDConfig:
     device: Device = "auto"
     """Where to compute: cpu, cuda, or auto (cuda if there is one)."""
     seed: int = 0
-    """Fixes initial weights and everything else but privacy noise and sampling."""
+    """Fixes the initial weights. Noise, sampling and dropout stay secret."""
     insecure_noise_seed: int | None = None
-    """Fixes noise and sampling too. For tests and experiments: such a run is not for release."""
+    """Fixes noise, sampling and dropout too. For tests and experiments: such a run is not for release."""
     accountant: Method = "pld"
     """How ε is computed: pld (tight) or rdp."""
     log_not_private: bool = False
@@ -119,8 +119,8 @@ class DPSGDRun(DPSGDConfig):
     dataset: str
     """A name (digits, mnist, fashion-mnist, cifar10) or a path: an .npz file with x_train, y_train, x_test,
     y_test, or an image folder train/CLASS/*.png, test/CLASS/*.png."""
-    model: str = "cnn"
-    """The model: cnn, mlp or linear."""
+    model: str = "auto"
+    """The model: cnn, mlp or linear; auto is cnn for images and mlp for features."""
     classes: int | None = None
     """Number of classes of your own .npz data; by default one more than the largest label."""
     image_size: int | None = None

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,7 +33,7 @@ from dpml.data.batches import Examples
 from dpml.data.samplers import PoissonSampler
 from dpml.gradients import Clipping, Engine, Loss, OpacusEngine, cross_entropy
 from dpml.gradients.engine import plain_sum, trainable_parameters
-from dpml.gradients.models import make_trainable, require_trainable
+from dpml.gradients.models import make_trainable, require_example_losses, require_trainable
 from dpml.mechanism import SampledGaussianMechanism, set_gradients
 from dpml.noise import GaussianNoise
 from dpml.outputs import SUMMARY_VERSION, RunFolder, events_record
@@ -87,7 +88,7 @@ def run_dpsgd(
     # The weights' seed must not touch the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = models.build(run.model, data.example_shape, data.classes)
+        model = models.build(_model_name(run, data), data.example_shape, data.classes)
     return train_dpsgd(
         model,
         TensorDataset(data.x_train, data.y_train),
@@ -150,16 +151,18 @@ def train_dpsgd(
     engine = OpacusEngine()
     model = (make_trainable(model) if fix_model else model).to(device).train()
     if not config.non_private:
-        require_trainable(model, examples.probe(), engine)
+        inputs, targets = examples.probe()
+        require_trainable(model, inputs, engine)
+        require_example_losses(model, loss, inputs, targets)
     parameters = trainable_parameters(model)
     optimizer = (
         torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
         if make_optimizer is None
         else make_optimizer(parameters)
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: 1 - done / sampling.steps if config.schedule == "linear" else 1.0
-    )
+    schedule = None
+    if config.schedule == "linear":
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / sampling.steps)
     folder = None if output is None else RunFolder(output)
     trackers = [*trackers, TensorBoard(folder.path)] if folder else list(trackers)
 
@@ -171,12 +174,16 @@ def train_dpsgd(
     )
     report = _Report(config, sampling, mechanism, plan, folder, trackers, test_set)
     status: Status = "completed"
-    with accountant.reserve(plan) as reservation, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    layers = _random(config, "layers")
+    devices = [device] if device.type == "cuda" else []
+    with accountant.reserve(plan) as reservation, torch.random.fork_rng(devices=devices):
         report.start(reservation)
         try:
             for step in range(1, sampling.steps + 1):
                 with report.training:
+                    # Dropout's masks go by place in a batch: with known ones, a record that moves the
+                    # others would be seen. So they are secret too, and independent of earlier samples.
+                    torch.manual_seed(int(layers.words(1)[0] >> np.uint64(1)))
                     batches = examples.micro_batches(sampler.sample())
                     if mechanism is None:
                         clipped = plain_sum(model, loss, batches)
@@ -186,7 +193,8 @@ def train_dpsgd(
                         sums = mechanism.release(clipped, reservation)
                     set_gradients(parameters, sums, sampling.expected_batch_size)
                     optimizer.step()
-                    schedule.step()
+                    if schedule is not None:
+                        schedule.step()
                 if not report.step(step, model, clipped.diagnostics):
                     status = "diverged"
                     break
@@ -194,7 +202,7 @@ def train_dpsgd(
             status = "stopped"
         optimizer.zero_grad()
         committed = reservation.committed_event if mechanism is not None else plan
-    return report.finish(model, status, committed, name=name, test_set_is_public=test_set_is_public)
+        return report.finish(model, status, committed, name=name, test_set_is_public=test_set_is_public)
 
 
 def _mechanism(
@@ -296,13 +304,13 @@ class _Report:
             self.accuracy = accuracy(model, self.test_set)
         summary = self._summary(status, committed, name)
         text = self._statement(summary, test_set_is_public)
-        for tracker in self.trackers:
-            tracker.finish()
         if self.folder is not None:
             self.folder.write_model("model.safetensors", model)
             self._write_events(committed, status)
             self.folder.write_text("statement.md", text)
             self.folder.write_json("summary.json", summary)
+        for tracker in self.trackers:
+            tracker.finish()
         return TrainingResult(model, status, summary, text, self.plan, committed)
 
     def _write_events(self, committed: Event, status: str) -> None:
@@ -425,6 +433,13 @@ def _is_secret(mechanism: SampledGaussianMechanism | None) -> bool | None:
     if mechanism is None:
         return None
     return mechanism.noise.randomness.is_secret and mechanism.sampler.randomness.is_secret
+
+
+def _model_name(run: DPSGDRun, data: LabeledData) -> str:
+    if run.model != "auto":
+        return run.model
+    is_image = len(data.example_shape) == 3 and min(data.example_shape[1:]) >= 4
+    return "cnn" if is_image else "mlp"
 
 
 def _is_public(data: LabeledData) -> bool:

@@ -87,6 +87,11 @@ class SamplingPlan:
                 sampling_probability, "sampling_probability", "a run", low=0, high=1, closed="right"
             )
             n_is_public = False
+            if epochs / q > 1e15:
+                raise UserError(
+                    f"{epochs:g} epochs with sampling probability {q:g} make more than 10^15 steps; "
+                    "choose fewer epochs or a larger probability."
+                )
             steps = math.floor(epochs / q * (1 + 1e-12))
         if relation == "zero-out":
             n_is_public = True

@@ -51,7 +51,7 @@ def load(
             cannot be downloaded. The message names the culprit.
     """
     name = str(dataset)
-    path = Path(name).expanduser()
+    path = _path(name)
     if image_size is not None and (name in NAMES or not path.is_dir()):
         raise UserError(f"image_size is for image folders, which {name!r} is not: leave it out.")
     if name in NAMES:
@@ -64,6 +64,15 @@ def load(
     if path.is_file():
         return load_npz(path, name=name, classes=classes)
     raise UserError(_not_found(name))
+
+
+def _path(name: str) -> Path:
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # an unknown user, a name too long, a null byte
+        raise UserError(f"The data set {name!r:.80} is no path that can be read ({error!s:.80}).") from error
+    return path
 
 
 def _not_found(name: str) -> str:

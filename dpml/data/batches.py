@@ -40,7 +40,8 @@ class Examples:
             )
         if len(data) == 0:
             raise UserError("The training set is empty; give at least one record.")
-        self._data, self._size, self._device = data, micro_batch_size, device
+        # Padding beyond the whole data set would be work for nothing.
+        self._data, self._size, self._device = data, min(micro_batch_size, len(data)), device
         self._tensors: tuple[Tensor, ...] | None = None
         if isinstance(data, TensorDataset):
             self._tensors = data.tensors
@@ -74,10 +75,10 @@ class Examples:
                 mask.to(self._device),
             )
 
-    def probe(self) -> Any:
-        """The inputs of one record as a batch, for its shape and type alone."""
-        inputs, _, _ = next(self._read([torch.zeros(1, dtype=torch.int64)], direct=True))
-        return _to(inputs, self._device)
+    def probe(self) -> tuple[Any, Any]:
+        """One record as a batch, inputs and targets, for their shape and type alone."""
+        inputs, targets, _ = next(self._read([torch.zeros(1, dtype=torch.int64)], direct=True))
+        return _to(inputs, self._device), _to(targets, self._device)
 
     def _read(self, chunks: list[Tensor], *, direct: bool = False) -> Iterator[tuple[Any, Any, int]]:
         if self._tensors is not None:

@@ -7,6 +7,7 @@ layer that writes what it sees into its weights or buffers releases it without a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,14 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from accounting.errors import UserError
-from dpml.gradients.engine import Clipping, Engine, MicroBatch, trainable_parameters
+from dpml.gradients.engine import (
+    Clipping,
+    Engine,
+    Loss,
+    MicroBatch,
+    example_losses,
+    trainable_parameters,
+)
 
 
 def require_trainable(model: nn.Module, example: object = None, engine: Engine | None = None) -> None:
@@ -46,9 +54,61 @@ def require_trainable(model: nn.Module, example: object = None, engine: Engine |
                 _require_gradients(model, example, generator, engine)
 
 
+def require_example_losses(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> None:
+    """Raise UserError unless the loss gives each example a value that depends on that example alone.
+
+    Args:
+        model: A model that `require_trainable` accepts.
+        loss: The loss.
+        inputs: Inputs of one example, for their shape and type alone.
+        targets: Its targets, likewise.
+    """
+    with _restored(model), torch.no_grad():
+        outputs = model(_stack(inputs, inputs))
+        pair = MicroBatch(inputs, _stack(targets, targets), torch.ones(2, dtype=torch.bool))
+        try:
+            alone = example_losses(loss, outputs, pair)[0]
+            spoilt = example_losses(loss, _map(outputs, _spoil_second), pair)[0]
+        except UserError:
+            raise
+        except Exception as error:  # whatever the loss raises is the user's to read, in one line
+            reason = " ".join(str(error).split())
+            raise UserError(f"The loss refuses the model's outputs and the targets: {reason:.200}") from error
+        if not torch.allclose(alone, spoilt, rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise UserError(
+                "The loss mixes the examples of a batch: the value for one depends on another, so clipping "
+                "single gradients bounds nothing; compute each value from its own example alone."
+            )
+
+
+def _spoil_second(outputs: Tensor) -> Tensor:
+    spoilt = outputs.clone()
+    if spoilt.is_floating_point():
+        spoilt[1:] = torch.nan
+    return spoilt
+
+
 def make_trainable(model: nn.Module) -> nn.Module:
-    """Return a copy in which layers that cannot be trained privately are replaced, where Opacus knows how."""
+    """Return a copy in which layers that cannot be trained privately are replaced.
+
+    Batch normalisation becomes GroupNorm (Opacus's fixers, and ours for layers without parameters, which
+    those pass over); instance normalisation loses its running statistics.
+    """
     fixed: nn.Module = ModuleValidator.fix(model)
+    norms = nn.modules.batchnorm._NormBase
+    for name, layer in list(fixed.named_modules()):
+        if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+            layer.track_running_stats = False
+            for statistic in ("running_mean", "running_var", "num_batches_tracked"):
+                setattr(layer, statistic, None)
+        elif isinstance(layer, norms):
+            width = layer.num_features
+            group = nn.GroupNorm(math.gcd(32, width), width, eps=layer.eps, affine=layer.affine)
+            group.requires_grad_(any(p.requires_grad for p in layer.parameters()))
+            parent, _, child = name.rpartition(".")
+            if not child:
+                return group
+            setattr(fixed.get_submodule(parent), child, group)
     return fixed
 
 

@@ -27,9 +27,10 @@ class OpacusEngine:
     """Materialises each example's gradient (Yousefpour et al. 2021), so memory grows with a micro-batch.
 
     Slack: norms, weights and sums are taken in float64 from the very vectors that are summed, which for
-    samples of up to 10^5 examples leaves an error below 1e-9·C. What is left is that another example's
-    float32 gradient may round differently when an example is removed and the others move up in their
-    micro-batches; micro-batches of a fixed shape make that rare, and the slack of 1e-5 covers it.
+    samples of up to 10^5 examples leaves an error below 1e-9·C. Under zero-out that is all: the others keep
+    their places in micro-batches of a fixed shape, and their gradients are the same bit for bit. Under
+    add-or-remove-one the others move up, and their float32 gradients may round differently there: for
+    ordinary networks by far less than the slack of 1e-5, but for inputs of extreme scale it is no bound.
     """
 
     slack = ENGINE_SLACK
