@@ -21,7 +21,7 @@ lint: $(STAMP)            ## Style, types and the direction of imports.
 	$(BIN)/lint-imports
 
 test: lint                ## Everything that CI runs.
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

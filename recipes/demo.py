@@ -61,6 +61,11 @@ def results_table(summaries: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def print_results(summaries: Sequence[dict[str, Any]], title: str) -> None:
+    """Print `results_table`."""
+    Console(highlight=False, soft_wrap=True).print(results_table(summaries, title))
+
+
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/demo"), help="A folder.")
 def main(output: Path) -> None:
@@ -76,10 +81,9 @@ def main(output: Path) -> None:
         sys.exit(130)
     chart = output / "tradeoff.png"
     tradeoff_chart(summaries, chart, title="Privacy and accuracy on handwritten digits (8×8, 1,437 records)")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(results_table(summaries, f"digits, mean and standard deviation of {len(SEEDS)} seeds"))
-    console.print(f"chart   {chart}")
-    console.print(f"curves  .venv/bin/tensorboard --logdir {output}")
+    print_results(summaries, f"digits, mean and standard deviation of {len(SEEDS)} seeds")
+    click.echo(f"chart   {chart}")
+    click.echo(f"curves  .venv/bin/tensorboard --logdir {output}")
 
 
 if __name__ == "__main__":
