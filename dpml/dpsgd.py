@@ -6,7 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -85,10 +85,11 @@ def run_dpsgd(
     """
     size = None if run.image_size is None else (run.image_size, run.image_size)
     data = load(run.dataset, classes=run.classes, image_size=size)
+    run = replace(run, model=_model_name(run, data))
     # The weights' seed must not touch the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = models.build(_model_name(run, data), data.example_shape, data.classes)
+        model = models.build(run.model, data.example_shape, data.classes)
     return train_dpsgd(
         model,
         TensorDataset(data.x_train, data.y_train),

@@ -6,9 +6,12 @@ from dpml.config import DPSGDRun
 def dpsgd(private: bool = True) -> DPSGDRun:
     """Papernot, Thakurta, Song, Chien & Erlingsson 2020 (550,570 parameters). Hours on two CPU cores."""
     if not private:
-        return DPSGDRun(dataset="cifar10", non_private=True, epochs=20, batch_size=256, learning_rate=0.05)
+        return DPSGDRun(
+            dataset="cifar10", model="cnn", non_private=True, epochs=20, batch_size=256, learning_rate=0.05
+        )
     return DPSGDRun(
         dataset="cifar10",
+        model="cnn",
         epsilon=3.0,
         delta=1e-5,
         epochs=30,

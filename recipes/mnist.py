@@ -8,9 +8,12 @@ from dpml.config import DPSGDRun
 def dpsgd(private: bool = True) -> DPSGDRun:
     """Papernot, Thakurta, Song, Chien & Erlingsson 2020 (26,010 parameters), larger batches, PLD noise."""
     if not private:
-        return DPSGDRun(dataset="mnist", non_private=True, epochs=10, batch_size=256, learning_rate=0.05)
+        return DPSGDRun(
+            dataset="mnist", model="cnn", non_private=True, epochs=10, batch_size=256, learning_rate=0.05
+        )
     return DPSGDRun(
         dataset="mnist",
+        model="cnn",
         epsilon=3.0,
         delta=1e-5,
         epochs=40,

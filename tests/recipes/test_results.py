@@ -50,7 +50,9 @@ def test_the_mnist_recipe_learns_from_the_real_images(monkeypatch: pytest.Monkey
     if not data.is_dir():
         pytest.skip(f"the real data sets are neither in $DPML_DATA nor in {_BESIDE_CHECKOUT}")
     monkeypatch.setenv("DPML_DATA", str(data))
-    result = run_dpsgd(replace(mnist.dpsgd(), model="linear", epochs=1, learning_rate=1.0, micro_batch_size=256))
+    result = run_dpsgd(
+        replace(mnist.dpsgd(), model="linear", epochs=1, learning_rate=1.0, micro_batch_size=256)
+    )
     assert result.epsilon <= 3
     assert result.summary["steps"] == 29
     assert result.summary["test_accuracy"] > 0.8
