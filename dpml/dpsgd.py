@@ -98,7 +98,7 @@ def run_dpsgd(
         output=output,
         trackers=trackers,
         name=data.name,
-        test_set_is_public=_is_public(data),
+        test_set_is_public=data.is_public_benchmark,
     )
 
 
@@ -441,10 +441,6 @@ def _model_name(run: DPSGDRun, data: LabeledData) -> str:
         return run.model
     is_image = len(data.example_shape) == 3 and min(data.example_shape[1:]) >= 4
     return "cnn" if is_image else "mlp"
-
-
-def _is_public(data: LabeledData) -> bool:
-    return data.is_public_benchmark
 
 
 def _random(config: DPSGDConfig, purpose: str) -> Randomness:
