@@ -9,27 +9,56 @@
 
 from accounting.accountant import METHODS, Method, PrivacyAccountant, Reservation
 from accounting.budget import BudgetExceeded, PrivacyBudget, ReservationError
-from accounting.calibration import UnreachableBudget, calibrate_noise_multiplier
+from accounting.calibration import (
+    UnreachableBudget,
+    calibrate_batch_size,
+    calibrate_noise_multiplier,
+    calibrate_sampling_probability,
+    calibrate_steps,
+)
+from accounting.curve import epsilon_curve
+from accounting.curves import ZCDP, BestOfRuns, SmoothRelease
 from accounting.errors import UnsupportedEvent, UserError
 from accounting.events import (
     RELATIONS,
     Composed,
     Event,
-    Gaussian,
-    Laplace,
     NeighboringRelation,
     NonPrivate,
     PoissonSampled,
     Repeated,
+    SampledWithoutReplacement,
+    ShuffledEpoch,
+    ZeroCost,
+)
+from accounting.mechanisms import (
+    DiscreteGaussian,
+    EpsilonDelta,
+    ExponentialMechanism,
+    Gaussian,
+    GNMax,
+    GNMaxThreshold,
+    Laplace,
+    LNMax,
+    RandomizedResponse,
+    ReportNoisyMax,
 )
 
 __all__ = [
     "METHODS",
     "RELATIONS",
+    "ZCDP",
+    "BestOfRuns",
     "BudgetExceeded",
     "Composed",
+    "DiscreteGaussian",
+    "EpsilonDelta",
     "Event",
+    "ExponentialMechanism",
+    "GNMax",
+    "GNMaxThreshold",
     "Gaussian",
+    "LNMax",
     "Laplace",
     "Method",
     "NeighboringRelation",
@@ -37,11 +66,21 @@ __all__ = [
     "PoissonSampled",
     "PrivacyAccountant",
     "PrivacyBudget",
+    "RandomizedResponse",
     "Repeated",
+    "ReportNoisyMax",
     "Reservation",
     "ReservationError",
+    "SampledWithoutReplacement",
+    "ShuffledEpoch",
+    "SmoothRelease",
     "UnreachableBudget",
     "UnsupportedEvent",
     "UserError",
+    "ZeroCost",
+    "calibrate_batch_size",
     "calibrate_noise_multiplier",
+    "calibrate_sampling_probability",
+    "calibrate_steps",
+    "epsilon_curve",
 ]

@@ -10,26 +10,29 @@ Two rules can admit events to a budget, and the first plan decides which of them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Literal, get_args
 
 from accounting import pld
+from accounting.atoms import Atom
 from accounting.budget import BudgetExceeded, PrivacyBudget, ReservationError
-from accounting.errors import UserError
+from accounting.errors import UnsupportedEvent, UserError
 from accounting.events import (
-    Atom,
     Composed,
     Event,
     NeighboringRelation,
     Repeated,
-    atoms,
     check_count,
     check_number,
     check_relation,
+    merged,
 )
 from accounting.filter import RenyiFilter
-from accounting.rdp import delta_from_rdp, epsilon_from_rdp, rdp
+from accounting.group import for_group
+from accounting.rdp import renyi_delta, renyi_epsilon
+from accounting.search import largest_whole
 
 Method = Literal["pld", "rdp"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -71,6 +74,7 @@ class PrivacyAccountant:
         self.tolerance = check_number(tolerance, "tolerance", "PrivacyAccountant", low=0, high=1)
         self._filter = None if budget is None else RenyiFilter(budget)
         self._events: list[Event] = []
+        self._total: dict[Atom, int] = {}
         self._rule: Rule = "none"
 
     # ------------------------------------------------------------ recording
@@ -101,6 +105,7 @@ class PrivacyAccountant:
             raise self._refusal(event)
         self._rule = rule
         self._events.append(event)
+        self._total = self._with(event)
         return Reservation(self, event, len(self._events) - 1)
 
     def fits(self, event: Event) -> bool:
@@ -117,15 +122,7 @@ class PrivacyAccountant:
             raise UserError("An accountant without a budget has no remainder; give it a PrivacyBudget.")
         if not self.fits(event):
             return 0
-        low, high = 1, 2
-        while high < _MOST_REPETITIONS and self.fits(Repeated(event, high)):
-            low, high = high, min(2 * high, _MOST_REPETITIONS)
-        if high == _MOST_REPETITIONS and self.fits(Repeated(event, high)):
-            return high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.fits(Repeated(event, middle)) else (low, middle)
-        return low
+        return largest_whole(lambda count: self.fits(Repeated(event, count)), 1, _MOST_REPETITIONS)
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -144,51 +141,82 @@ class PrivacyAccountant:
 
     # ------------------------------------------------------------ answers
 
-    def epsilon(self, delta: float) -> float:
-        """An upper bound on ε at `delta` for everything recorded or reserved."""
-        return self._epsilon_of(self._counts(self.event), delta)
+    def epsilon(self, delta: float, *, group_size: int = 1) -> float:
+        """An upper bound on ε at `delta` for everything recorded or reserved.
 
-    def epsilon_bounds(self, delta: float) -> tuple[float, float]:
+        Args:
+            delta: In (0, 1).
+            group_size: How many records two neighbours may differ in, instead of one: see `accounting.group`.
+        """
+        return self._epsilon_of(for_group(self._counts(), group_size), delta)
+
+    def epsilon_bounds(self, delta: float, *, group_size: int = 1) -> tuple[float, float]:
         """(lower, upper) bounds on ε at `delta` for the dominating pair of the events.
 
         The lower bound is one for that pair, by PLD under either method. It is no statement about how
         well an attack on this training would do.
         """
-        counts = self._counts(self.event)
-        lower, upper = pld.epsilon_bounds(counts, _check_delta(delta), self.tolerance)
-        if self.method == "rdp":
-            upper = self._epsilon_of(counts, delta)
-        return min(lower, upper), upper
+        counts = for_group(self._counts(), group_size)
+        if self.method == "pld":
+            return pld.epsilon_bounds(counts, _check_delta(delta), self.tolerance)
+        upper = self._epsilon_of(counts, delta)
+        with_pairs = {atom: count for atom, count in counts.items() if atom.has_pair}
+        return min(pld.epsilon_bounds(with_pairs, delta, self.tolerance)[0], upper), upper
 
-    def delta(self, epsilon: float) -> float:
+    def delta(self, epsilon: float, *, group_size: int = 1) -> float:
         """An upper bound on δ at `epsilon` for everything recorded or reserved."""
+        return self.delta_bounds(epsilon, group_size=group_size)[1]
+
+    def delta_bounds(self, epsilon: float, *, group_size: int = 1) -> tuple[float, float]:
+        """(lower, upper) bounds on δ at `epsilon`, as `epsilon_bounds`."""
         epsilon = check_number(epsilon, "epsilon", "delta()", low=0, high=1e9, closed="left")
-        counts = self._counts(self.event)
-        if self.method == "rdp":
-            return delta_from_rdp(rdp(counts), epsilon) if counts else 0.0
-        return pld.delta_bounds(counts, epsilon, self.tolerance)[1]
+        counts = for_group(self._counts(), group_size)
+        if self.method == "pld":
+            return pld.delta_bounds(counts, epsilon, self.tolerance)
+        upper = renyi_delta(counts, epsilon)
+        with_pairs = {atom: count for atom, count in counts.items() if atom.has_pair}
+        return min(pld.delta_bounds(with_pairs, epsilon, self.tolerance)[0], upper), upper
 
     # ------------------------------------------------------------ inside
 
-    def _counts(self, event: Event) -> dict[Atom, int]:
-        return atoms(event, self.neighboring_relation)
+    def _with(self, event: Event) -> dict[Atom, int]:
+        """What was recorded together with `event`. A new dictionary."""
+        total = dict(self._total)
+        for atom, count in event.atoms(self.neighboring_relation).items():
+            total[atom] = total.get(atom, 0) + count
+        return total
+
+    def _counts(self) -> dict[Atom, int]:
+        return merged(self._total)
+
+    def _replace(self, position: int, event: Event) -> None:
+        """Put `event` in the place of one that was recorded."""
+        old = self._events[position].atoms(self.neighboring_relation)
+        self._total = self._with(event)
+        for atom, count in old.items():
+            self._total[atom] -= count
+        self._total = {atom: count for atom, count in self._total.items() if count}
+        self._events[position] = event
 
     def _epsilon_of(self, counts: Mapping[Atom, int], delta: float) -> float:
         delta = _check_delta(delta)
-        if not counts:
-            return 0.0
-        if self.method == "rdp":
-            return epsilon_from_rdp(rdp(counts), delta)
-        return pld.epsilon_bounds(counts, delta, self.tolerance)[1]
+        if self.method == "pld":
+            return pld.epsilon_bounds(counts, delta, self.tolerance)[1]
+        epsilon = renyi_epsilon(counts, delta)
+        if math.isinf(epsilon) and Atom.NON_PRIVATE not in counts:
+            odd = next(atom for atom in counts if math.isinf(renyi_epsilon({atom: 1}, 0.5)))
+            raise UnsupportedEvent(
+                f'{odd.mechanism!s:.80} has no finite Rényi divergence; use PrivacyAccountant(method="pld").'
+            )
+        return epsilon
 
     def _admit(self, event: Event) -> Rule | None:
         """The rule under which `event` would be admitted now, or None."""
         if not isinstance(event, Event):
             raise UserError(f"An accountant records events such as Gaussian(1.1). Got {event!r:.80}.")
+        counts = merged(self._with(event))  # refuses what has no proof under the relation
         if self.budget is None or self._filter is None:
-            self._counts(event)  # refuses what has no proof under the relation
             return "none"
-        counts = self._counts(Composed([*self._events, event]))
         if self._rule == "one plan by PLD":
             return None
         if self._filter.admits(counts):
@@ -197,7 +225,7 @@ class PrivacyAccountant:
             return None
         # PLD's bound is never above Rényi's, which is quicker.
         budget = self.budget
-        fits = not counts or epsilon_from_rdp(rdp(counts), budget.delta) <= budget.epsilon
+        fits = renyi_epsilon(counts, budget.delta) <= budget.epsilon
         if fits or self._epsilon_of(counts, budget.delta) <= budget.epsilon:
             return "one plan by PLD"
         return None
@@ -206,13 +234,13 @@ class PrivacyAccountant:
         budget, within = self.budget, self._filter
         assert budget is not None and within is not None  # noqa: S101, PT018 - only budgets refuse
         largest = self.remaining(event.event) if isinstance(event, Repeated) else None
-        together = self._counts(Composed([*self._events, event]))
+        together = merged(self._with(event))
         if self._rule == "one plan by PLD":
             reason = "it was given to one plan, judged by PLD, and nothing more may be admitted"
             spent, asked = self.epsilon(budget.delta), self._epsilon_of(together, budget.delta)
         elif self._rule == "Rényi filter":
             reason = "the Rényi filter over all plans refuses it"
-            spent, asked = within.epsilon(self._counts(self.event)), within.epsilon(together)
+            spent, asked = within.epsilon(self._counts()), within.epsilon(together)
         else:
             reason = "the plan alone costs more"
             spent, asked = 0.0, self._epsilon_of(together, budget.delta)
@@ -263,7 +291,7 @@ class Reservation:
     def close(self) -> None:
         """End the reservation, giving back what was not committed where that is sound."""
         if self._open and self._accountant.rule != "one plan by PLD":
-            self._accountant._events[self._position] = self.committed_event
+            self._accountant._replace(self._position, self.committed_event)
         self._open = False
 
     def __enter__(self) -> Reservation:

@@ -2,27 +2,29 @@
 
 An event says what a mechanism did, in numbers that are public and that were fixed before it ran.
 Events nest: ``Repeated(PoissonSampled(Gaussian(1.1), 0.01), 1_000)`` is a thousand steps of DP-SGD.
-They are validated when made, hashable, and serialise to versioned JSON.
+They are validated when made, hashable, and serialise to versioned JSON. Here are the events that are
+made of others; `accounting.mechanisms` has those that are not.
 
-`atoms` flattens any event into the multiset of its elementary parts. Multiplicity is counted there
-and nowhere else, so no accountant can lose it.
+`atoms` flattens any event into the multiset of its elementary parts. Multiplicity is counted by `Repeated`
+and `Composed` alone, so neither an accountant nor a new mechanism can lose it.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
+from accounting.atoms import Atom, Sampling, merge_gaussians, one_sample
 from accounting.errors import UnsupportedEvent, UserError
 
 SCHEMA_VERSION = 1
 _DEEPEST_NESTING = 32
 _MOST_RUNS = 10**15
-_LEAST_SCALE = 1e-6
-_LEAST_PROBABILITY = 1e-100
 
 NeighboringRelation = Literal["zero-out", "add-or-remove-one", "replace-one"]
 """Which two data sets must be hard to tell apart.
@@ -38,7 +40,8 @@ RELATIONS: tuple[NeighboringRelation, ...] = get_args(NeighboringRelation)
 
 def shown(value: object) -> str:
     """`value` for a message: one line, at most 80 characters."""
-    return " ".join(repr(value).split())[:80]
+    words = " ".join(repr(value).split())
+    return words if len(words) <= 80 else words[:79] + "…"
 
 
 def check_number(
@@ -91,23 +94,47 @@ def check_relation(value: object) -> NeighboringRelation:
 
 
 @dataclass(frozen=True)
-class Event:
-    """Something that was, or will be, released. Abstract: make one of the subclasses."""
+class Event(ABC):
+    """Something that was, or will be, released. Abstract: make one of the subclasses.
+
+    A new mechanism is a frozen dataclass that inherits from this class, validates its fields when made, and
+    says in `atoms` what it consists of. JSON, multiplicity, composition and both accountants follow.
+    """
+
+    # Whether leaving a record out of a sample and its contributing nothing are the same thing.
+    may_be_sampled: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        EVENT_TYPES[cls.__name__] = cls
+
+    @abstractmethod
+    def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
+        """The elementary mechanisms that this consists of, and how often each of them runs.
+
+        Raises:
+            UnsupportedEvent: where no proof covers the event under this relation; it names an alternative.
+        """
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable description, from which `from_dict` makes an equal event."""
         return {"schema_version": SCHEMA_VERSION, **self._body()}
 
     def _body(self) -> dict[str, Any]:
-        fields: dict[str, Any] = {"type": type(self).__name__}
-        for name, value in vars(self).items():
+        body: dict[str, Any] = {"type": type(self).__name__}
+        for name in _field_names(type(self)):
+            value = getattr(self, name)
             if isinstance(value, Event):
-                fields[name] = value._body()
+                body[name] = value._body()
             elif isinstance(value, tuple):
-                fields[name] = [part._body() for part in value]
+                body[name] = [part._body() for part in value]
             else:
-                fields[name] = value
-        return fields
+                body[name] = value
+        return body
+
+    def _parts(self) -> tuple[Event, ...]:
+        values = [getattr(self, name) for name in _field_names(type(self))]
+        nested = [value if isinstance(value, tuple) else (value,) for value in values]
+        return tuple(part for parts in nested for part in parts if isinstance(part, Event))
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Event:
@@ -121,12 +148,24 @@ class Event:
             raise UserError(f"An event must be a JSON object. Got {type(data).__name__}.")
         body = dict(data)
         version = body.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION or isinstance(version, bool):
             raise UserError(
-                f"The event's schema_version must be {SCHEMA_VERSION}. Got {version!r}; "
+                f"The event's schema_version must be {SCHEMA_VERSION}. Got {shown(version)}; "
                 "read it with the version of dpml that wrote it."
             )
         return _from_body(body, depth=0)
+
+
+EVENT_TYPES: dict[str, type[Event]] = {}
+
+
+def _field_names(kind: type[Event]) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def known_events() -> list[str]:
+    """Names of all events that can be made."""
+    return [name for name, kind in EVENT_TYPES.items() if not inspect.isabstract(kind)]
 
 
 def _from_body(body: object, depth: int) -> Event:
@@ -135,9 +174,11 @@ def _from_body(body: object, depth: int) -> Event:
     if not isinstance(body, Mapping):
         raise UserError(f"An event must be a JSON object. Got {type(body).__name__}.")
     kind = EVENT_TYPES.get(str(body.get("type")))
-    if kind is None:
-        raise UserError(f"The event type {body.get('type')!r} is unknown. Known: {', '.join(EVENT_TYPES)}.")
-    given, wanted = set(body) - {"type"}, set(kind.__dataclass_fields__)
+    if kind is None or inspect.isabstract(kind):
+        raise UserError(
+            f"The event type {shown(body.get('type'))} is unknown. Known: {', '.join(known_events())}."
+        )
+    given, wanted = set(body) - {"type"}, set(_field_names(kind))
     if given != wanted:
         raise UserError(
             f"A {kind.__name__} event has the fields {sorted(wanted)}. Got {sorted(map(str, given))}."
@@ -155,68 +196,35 @@ def _from_body(body: object, depth: int) -> Event:
     return kind(**values)
 
 
-@dataclass(frozen=True)
-class Gaussian(Event):
-    """A sum of records, each of L2 norm at most C, released with N(0, (noise_multiplier·C)²) noise.
+def check_event(value: object, owner: str) -> None:
+    """Raise UserError unless `value` is an event that may be a part of another one."""
+    if not isinstance(value, Event):
+        raise UserError(f"{owner} is made of events such as Gaussian(1.1). Got {shown(value)}.")
+    if _depth(value) >= _DEEPEST_NESTING:
+        raise UserError(f"{owner} would be nested deeper than {_DEEPEST_NESTING} levels.")
 
-    `noise_multiplier` is the standard deviation over the clip norm C. What it means for the
-    sensitivity depends on the neighbouring relation: C for zero-out and add-or-remove-one, 2C for
-    replace-one.
+
+def _depth(event: Event) -> int:
+    return 1 + max(map(_depth, event._parts()), default=-1)
+
+
+def atoms(event: Event, relation: NeighboringRelation = "zero-out") -> dict[Atom, int]:
+    """Flatten `event` into its elementary mechanisms and how often each of them runs.
+
+    Unsampled Gaussians are merged into one, exactly.
+
+    Raises:
+        UnsupportedEvent: where no proof covers the event under this relation.
     """
-
-    noise_multiplier: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _noise_multiplier(self))
+    return merged(event.atoms(relation))
 
 
-@dataclass(frozen=True)
-class Laplace(Event):
-    """A sum of records, each of L1 norm at most C, released with Laplace(noise_multiplier·C) noise.
-
-    `noise_multiplier` is the scale over the clip norm C. As a dominating pair this covers vectors too,
-    since the L1 norm bounds the privacy loss of independent coordinates.
-    """
-
-    noise_multiplier: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _noise_multiplier(self))
+def merged(counts: Mapping[Atom, int]) -> dict[Atom, int]:
+    """The same counts, unsampled Gaussians merged, in an order that does not depend on that of recording."""
+    return dict(sorted(merge_gaussians(counts).items(), key=repr))
 
 
-def _noise_multiplier(event: Gaussian | Laplace) -> float:
-    owner = type(event).__name__
-    return check_number(event.noise_multiplier, "noise_multiplier", owner, low=0, high=1e15)
-
-
-@dataclass(frozen=True)
-class NonPrivate(Event):
-    """A release without any protection: ε is infinite. It says so instead of being left out."""
-
-
-@dataclass(frozen=True)
-class PoissonSampled(Event):
-    """`event`, run on a sample that holds each record independently with `sampling_probability`.
-
-    Several releases from one and the same sample are `PoissonSampled(Composed([…]), q)`. Two
-    PoissonSampled events stand for two independent samples: to account releases that share a sample
-    that way would under-count.
-    """
-
-    event: Event
-    sampling_probability: float
-
-    def __post_init__(self) -> None:
-        _check_event(self.event, "PoissonSampled")
-        q = check_number(
-            self.sampling_probability,
-            "sampling_probability",
-            "PoissonSampled",
-            low=0,
-            high=1,
-            closed="both",
-        )
-        object.__setattr__(self, "sampling_probability", q)
+# ---------------------------------------------------------------- events made of events
 
 
 @dataclass(frozen=True)
@@ -227,8 +235,12 @@ class Repeated(Event):
     count: int
 
     def __post_init__(self) -> None:
-        _check_event(self.event, "Repeated")
+        check_event(self.event, "Repeated")
         object.__setattr__(self, "count", check_count(self.count, "count", "Repeated"))
+
+    def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
+        counts = {atom: count * self.count for atom, count in self.event.atoms(relation).items()}
+        return _countable(self, counts) if self.count else {}
 
 
 @dataclass(frozen=True)
@@ -239,136 +251,159 @@ class Composed(Event):
 
     def __init__(self, events: Iterable[Event]) -> None:
         if not isinstance(events, Iterable):
-            raise UserError(f"The 'events' of Composed must be a list of events. Got {events!r:.80}.")
+            raise UserError(f"The 'events' of Composed must be a list of events. Got {shown(events)}.")
         parts = tuple(events)
         for part in parts:
-            _check_event(part, "Composed")
+            check_event(part, "Composed")
         object.__setattr__(self, "events", parts)
 
+    def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
+        counts: dict[Atom, int] = {}
+        for part in self.events:
+            for atom, count in part.atoms(relation).items():
+                counts[atom] = counts.get(atom, 0) + count
+        return _countable(self, counts)
 
-def _check_event(value: object, owner: str) -> None:
-    if not isinstance(value, Event):
-        raise UserError(f"{owner} is made of events such as Gaussian(1.1). Got {shown(value)}.")
 
-
-EVENT_TYPES: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Gaussian, Laplace, NonPrivate, PoissonSampled, Repeated, Composed)
-}
+def _countable(event: Event, counts: dict[Atom, int]) -> dict[Atom, int]:
+    if any(count > _MOST_RUNS for count in counts.values()):
+        raise UnsupportedEvent(f"{shown(event)} runs more than 10^15 times, which is not supported.")
+    return counts
 
 
 @dataclass(frozen=True)
-class Atom:
-    """The elementary mechanism that accountants analyse: one additive noise, on one Poisson sample.
+class PoissonSampled(Event):
+    """`event`, run on a sample that holds each record independently with `sampling_probability`.
 
-    Its dominating pair under adding or removing a record is the noise around 0 against the mixture of
-    the noise around 0 (weight 1 − q) and around 1 (weight q); see Zhu, Dong & Wang 2022, Theorem 11.
+    Several releases from one and the same sample are `PoissonSampled(Composed([…]), q)`. Two
+    PoissonSampled events stand for two independent samples: to account releases that share a sample
+    that way would under-count.
 
-    Attributes:
-        noise: The density's family.
-        scale: Standard deviation (Gaussian) or scale (Laplace) over the sensitivity.
-        q: The sampling probability, 1 for no sampling.
+    Relations: zero-out and add-or-remove-one (Zhu, Dong & Wang 2022, Theorem 11).
     """
 
-    noise: Literal["gaussian", "laplace", "none"]
-    scale: float
-    q: float = 1.0
+    event: Event
+    sampling_probability: float
 
-    NON_PRIVATE: ClassVar[Atom]
+    def __post_init__(self) -> None:
+        check_event(self.event, "PoissonSampled")
+        q = check_number(
+            self.sampling_probability,
+            "sampling_probability",
+            "PoissonSampled",
+            low=0,
+            high=1,
+            closed="both",
+        )
+        object.__setattr__(self, "sampling_probability", q)
+
+    def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
+        inner = self.event.atoms(relation)
+        if relation == "replace-one" and self.sampling_probability < 1 and inner:
+            raise UnsupportedEvent(
+                f"{shown(self)} is not analysed under the relation replace-one; use zero-out (the number of "
+                "records is public), add-or-remove-one, or SampledWithoutReplacement (a fixed size)."
+            )
+        return _sampled(self, inner, "poisson", self.sampling_probability)
 
 
-Atom.NON_PRIVATE = Atom("none", 0.0)
+@dataclass(frozen=True)
+class SampledWithoutReplacement(Event):
+    """`event`, run on a uniformly drawn set of `sample_size` of the `records` records.
 
-
-def atoms(event: Event, relation: NeighboringRelation = "zero-out") -> dict[Atom, int]:
-    """Flatten `event` into its elementary mechanisms and how often each of them runs.
-
-    Unsampled Gaussians are merged into one, exactly: a composition of Gaussian mechanisms of
-    multipliers σᵢ is one of multiplier (Σ σᵢ⁻²)^(−1/2).
-
-    Raises:
-        UnsupportedEvent: where no proof covers the event under this relation.
+    The sizes are public. Relation: replace-one, which doubles a sum's sensitivity (Zhu et al. 2022,
+    Theorem 11 (3)). Batches cut from a shuffled list are not such samples: see `ShuffledEpoch`.
     """
-    counts: dict[Atom, int] = {}
-    _collect(event, 1, counts)
-    counts = merge_gaussians(counts)
-    if relation == "replace-one":
-        counts = {_doubled_sensitivity(atom): count for atom, count in counts.items()}
-    # Sorted, so that no sum over them depends on the order of recording.
-    return dict(sorted(counts.items(), key=lambda item: (item[0].noise, item[0].scale, item[0].q)))
+
+    event: Event
+    sample_size: int
+    records: int
+
+    def __post_init__(self) -> None:
+        check_event(self.event, "SampledWithoutReplacement")
+        for name in ("sample_size", "records"):
+            value = check_count(getattr(self, name), name, "SampledWithoutReplacement", low=1)
+            object.__setattr__(self, name, value)
+        if self.sample_size > self.records:
+            raise UserError(
+                f"The 'sample_size' parameter of SampledWithoutReplacement must be at most the number of "
+                f"records, {self.records}. Got {self.sample_size}."
+            )
+
+    def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
+        if relation != "replace-one" and self.sample_size < self.records:
+            raise UnsupportedEvent(
+                f"{shown(self)} is analysed under the relation replace-one only (got {relation}); use "
+                'neighboring_relation="replace-one", or PoissonSampled.'
+            )
+        return _sampled(self, self.event.atoms(relation), "fixed-size", self.sample_size / self.records)
 
 
-def _collect(event: Event, times: int, into: dict[Atom, int]) -> None:
-    """Add `times` runs of `event` to the counts in `into`."""
-    if times == 0:
-        return
-    if times > _MOST_RUNS:
-        raise UnsupportedEvent(f"{event!r:.80} runs more than 10^15 times, which is not supported.")
-    if isinstance(event, Repeated):
-        _collect(event.event, times * event.count, into)
-    elif isinstance(event, Composed):
-        for part in event.events:
-            _collect(part, times, into)
-    elif isinstance(event, PoissonSampled):
-        for atom, count in _sampled(event).items():
-            into[atom] = into.get(atom, 0) + times * count
-    else:
-        atom = _elementary(event)
-        into[atom] = into.get(atom, 0) + times
+def _sampled(event: Event, inner: dict[Atom, int], sampling: Sampling, q: float) -> dict[Atom, int]:
+    if q < 1 and (odd := _unsuitable(event)) is not None:
+        raise UnsupportedEvent(
+            f"{shown(odd)} inside of a sample is not supported: a record that is left out and one that "
+            "contributes nothing are not the same there; account it without sampling."
+        )
+    try:
+        return one_sample(inner, sampling, q)
+    except ValueError as error:
+        raise UnsupportedEvent(
+            f"{shown(event)} is not supported: it holds {error}; account it without sampling."
+        ) from None
 
 
-def _elementary(event: Event) -> Atom:
-    if isinstance(event, Gaussian | Laplace):
-        if event.noise_multiplier < _LEAST_SCALE:  # ε above 10^6: as good as none
-            return Atom.NON_PRIVATE
-        return Atom("gaussian" if isinstance(event, Gaussian) else "laplace", event.noise_multiplier)
-    if isinstance(event, NonPrivate):
-        return Atom.NON_PRIVATE
-    raise UnsupportedEvent(
-        f"{type(event).__name__} is not an event that the accountants know. Known: {', '.join(EVENT_TYPES)}."
-    )
+def _unsuitable(event: Event) -> Event | None:
+    """The first part of `event` that must not be run on a sample, if any."""
+    if not event.may_be_sampled:
+        return event
+    return next((odd for part in event._parts() if (odd := _unsuitable(part)) is not None), None)
 
 
-def _sampled(event: PoissonSampled) -> dict[Atom, int]:
-    """The one atom that `event` amounts to, or none if it releases nothing."""
-    q = event.sampling_probability
-    inner: dict[Atom, int] = {}
-    _collect(event.event, 1, inner)
-    inner = merge_gaussians(inner)
-    if q == 1:
-        return inner
-    if q == 0 or not inner:
+@dataclass(frozen=True)
+class ShuffledEpoch(Event):
+    """`event`, run on each batch of one pass over a shuffled data set, cut into batches of fixed size.
+
+    A record is in one batch, so an epoch costs what `event` costs once (parallel composition). There is no
+    amplification: shuffling is not sampling, and accounting it as such under-states ε many times over (Chua
+    et al. 2024). Relations: zero-out and replace-one; under add-or-remove-one the batches would shift.
+    """
+
+    event: Event
+    may_be_sampled: ClassVar[bool] = False  # a sample's batches shift with every record in it
+
+    def __post_init__(self) -> None:
+        check_event(self.event, "ShuffledEpoch")
+
+    def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
+        if relation == "add-or-remove-one":
+            raise UnsupportedEvent(
+                f"{shown(self)} is not analysed under the relation add-or-remove-one, which would shift all "
+                "batches; use zero-out or replace-one."
+            )
+        return self.event.atoms(relation)
+
+
+@dataclass(frozen=True)
+class ZeroCost(Event):
+    """A release that costs nothing, and why: for example one that does not depend on the private data.
+
+    It is listed instead of being left out, so that a reviewer can disagree.
+    """
+
+    reason: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, str) or not self.reason.strip():
+            raise UserError(f"The 'reason' parameter of ZeroCost must be words. Got {shown(self.reason)}.")
+
+    def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
         return {}
-    if Atom.NON_PRIVATE in inner:
+
+
+@dataclass(frozen=True)
+class NonPrivate(Event):
+    """A release without any protection: ε is infinite. It says so instead of being left out."""
+
+    def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
         return {Atom.NON_PRIVATE: 1}
-    [(atom, count), *others] = inner.items()
-    if others or count > 1:
-        raise UnsupportedEvent(
-            f"PoissonSampled of {_describe(inner)} has several releases on one sample that are not all "
-            "Gaussian, which is not supported; release them on a sample each, or use Gaussian noise for all."
-        )
-    # A sample of a sample holds each record independently with the product of the probabilities.
-    return {Atom(atom.noise, atom.scale, max(atom.q * q, _LEAST_PROBABILITY)): 1}
-
-
-def merge_gaussians(counts: dict[Atom, int]) -> dict[Atom, int]:
-    """Replace all unsampled Gaussians by the one that they compose to, exactly."""
-    plain = {a: k for a, k in counts.items() if a.noise == "gaussian" and a.q == 1}
-    if sum(plain.values()) <= 1:
-        return counts
-    precision = math.fsum(k / a.scale**2 for a, k in plain.items())
-    rest = {a: k for a, k in counts.items() if a not in plain}
-    scale = precision**-0.5
-    return {Atom.NON_PRIVATE if scale < _LEAST_SCALE else Atom("gaussian", scale): 1, **rest}
-
-
-def _doubled_sensitivity(atom: Atom) -> Atom:
-    if atom.q != 1:
-        raise UnsupportedEvent(
-            f"Poisson sampling (probability {atom.q:g}) is not analysed under the relation replace-one; "
-            "use zero-out (the number of records is public) or add-or-remove-one."
-        )
-    return Atom(atom.noise, atom.scale / 2)
-
-
-def _describe(counts: dict[Atom, int]) -> str:
-    return " and ".join(f"{count} × {atom.noise}({atom.scale:g})" for atom, count in counts.items())

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from accounting.atoms import Atom
 from accounting.budget import PrivacyBudget
-from accounting.events import Atom
 from accounting.rdp import log_hockey_stick_factor, rdp
 
 FloatArray = npt.NDArray[np.float64]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from accounting import Method, NeighboringRelation, PrivacyBudget, UserError
 from accounting.accountant import METHODS
 from accounting.events import check_count, check_number, check_relation
 
 Device = Literal["auto", "cpu", "cuda"]
-Schedule = Literal["constant", "linear"]
+Schedule = Literal["constant", "linear", "trapezoidal"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class DPSGDConfig:
     learning_rate: float = 0.5
     """Learning rate of stochastic gradient descent."""
     schedule: Schedule = "constant"
-    """Learning rate over the run: constant, or linear (down to zero, which averages late noise away)."""
+    """Learning rate over the run: constant, linear (down to zero), or trapezoidal (constant for 60 % of the
+    run, then down to zero: as much progress as constant, and late noise is averaged away)."""
     momentum: float = 0.9
     """Momentum of stochastic gradient descent; 0 for none."""
     micro_batch_size: int = 128
@@ -81,8 +83,8 @@ class DPSGDConfig:
         _switch(self, "log_not_private")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"The device must be auto, cpu or cuda. Got {self.device!r}.")
-        if self.schedule not in ("constant", "linear"):
-            raise UserError(f"The schedule must be constant or linear. Got {self.schedule!r}.")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"The schedule must be one of {', '.join(SCHEDULES)}. Got {self.schedule!r}.")
         if self.accountant not in METHODS:
             raise UserError(f"The accountant must be one of {', '.join(METHODS)}. Got {self.accountant!r}.")
 

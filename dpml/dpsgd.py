@@ -162,8 +162,11 @@ def train_dpsgd(
         else make_optimizer(parameters)
     )
     schedule = None
-    if config.schedule == "linear":
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / sampling.steps)
+    if config.schedule != "constant":  # the share of the run in which the rate falls to zero
+        falling = {"linear": 1.0, "trapezoidal": 0.4}[config.schedule] * sampling.steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: min(1.0, (sampling.steps - done) / falling)
+        )
     folder = None if output is None else RunFolder(output)
     trackers = [*trackers, TensorBoard(folder.path)] if folder else list(trackers)
 

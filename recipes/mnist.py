@@ -20,7 +20,7 @@ def dpsgd(private: bool = True) -> DPSGDRun:
         batch_size=2048,
         clip_norm=0.1,
         learning_rate=4.0,
-        schedule="linear",
+        schedule="trapezoidal",
         momentum=0.9,
         micro_batch_size=64,
     )

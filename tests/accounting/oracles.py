@@ -1,13 +1,15 @@
 """Exact or independent answers that the accountants are tested against.
 
-Nothing here imports the accountants' own formulas. Closed forms are evaluated by mpmath with 40 digits;
-compositions come from dp-accounting 0.6.0 (Google), whose connect-the-dots PLD is an upper bound
-("pessimistic") and whose privacy-buckets PLD is a lower one ("optimistic").
+Nothing here uses the accountants' own formulas; pairs are imported for their names and parameters. Closed
+forms are evaluated by mpmath with 40 digits; compositions come from
+dp-accounting 0.6.0 (Google), whose connect-the-dots PLD is an upper bound ("pessimistic") and whose
+privacy-buckets PLD is a lower one ("optimistic").
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -15,6 +17,18 @@ from typing import Any
 
 import mpmath as mp
 from dp_accounting.pld import privacy_loss_distribution as google
+
+from accounting.atoms import Atom
+from accounting.pairs import (
+    BoundedRangePair,
+    DiscreteGaussianPair,
+    GaussianPair,
+    LaplacePair,
+    Pair,
+    ResponsePair,
+    SwappedResponsePair,
+    UniformResponsePair,
+)
 
 DIGITS = 40
 
@@ -85,6 +99,162 @@ def two_laplaces_delta(rate: float, epsilon: float) -> Any:
             sorted({mp.mpf(0), mp.mpf(1), min(max(mp.mpf(epsilon) / (2 * r), mp.mpf(0)), mp.mpf(1))}),
         )
         return one(epsilon - r) / 2 + mp.e**-r * one(epsilon + r) / 2 + inside
+
+
+# ---------------------------------------------------------------- one step of any pair
+#
+# A profile is γ ↦ Σ max(0, m1 − γ·m0), for every γ ≥ 0.
+
+Profile = Callable[[Any], Any]
+Outcomes = list[tuple[Any, Any]]
+"""(m0, m1) of each outcome."""
+
+
+def gaussian_profile(scale: float) -> Profile:
+    s = mp.mpf(scale)
+    half = 1 / (2 * s)
+    return lambda y: (
+        mp.ncdf(half - s * mp.log(y)) - y * mp.ncdf(-half - s * mp.log(y)) if y > 0 else mp.mpf(1)
+    )
+
+
+def laplace_profile(scale: float) -> Profile:
+    rate = 1 / mp.mpf(scale)
+
+    def profile(y: Any) -> Any:
+        if y <= mp.e**-rate:
+            return 1 - y
+        return max(mp.mpf(0), 1 - mp.sqrt(y * mp.e**-rate))
+
+    return profile
+
+
+def bounded_range_profile(epsilon: float) -> Profile:
+    """The best of all pairs with two losses t and t − ε: Dong, Durfee & Rogers 2020, by search over t."""
+    e = mp.mpf(epsilon)
+
+    def profile(y: Any) -> Any:
+        def of(t: Any) -> Any:
+            return outcomes_profile(two_losses(e, t))(y)
+
+        best = max((mp.mpf(i) / 64 * e for i in range(65)), key=of)
+        low, high = max(best - e / 64, mp.mpf(0)), min(best + e / 64, e)
+        for _ in range(60):  # unimodal around the best
+            one, two = low + (high - low) * mp.mpf("0.382"), low + (high - low) * mp.mpf("0.618")
+            low, high = (low, two) if of(one) >= of(two) else (one, high)
+        return of((low + high) / 2)
+
+    return profile
+
+
+def two_losses(width: float, t: float) -> Outcomes:
+    """The pair with the losses t and t − width."""
+    w, t = mp.mpf(width), mp.mpf(t)
+    m1 = (mp.e**w - mp.e**t) / mp.expm1(w)
+    return [(m1 * mp.e**-t, m1), ((1 - m1) * mp.e ** (w - t), 1 - m1)]
+
+
+def randomised_response(epsilon: float, delta: float = 0.0) -> Outcomes:
+    """Kairouz, Oh & Viswanath 2015, Section 2.3: with probability δ the input itself, else an ε-DP bit."""
+    likely = (1 - mp.mpf(delta)) / (1 + mp.e ** -mp.mpf(epsilon))
+    unlikely = likely * mp.e ** -mp.mpf(epsilon)
+    return [(mp.mpf(0), mp.mpf(delta)), (likely, unlikely), (unlikely, likely), (mp.mpf(delta), mp.mpf(0))]
+
+
+def answers_of(noise_probability: float, answers: int, *, other_is_uniform: bool) -> Outcomes:
+    """A randomised answer, against another record's, or against a uniform one; a mass for each answer."""
+    p, k = mp.mpf(noise_probability), answers
+    true, lie = 1 - p + p / k, p / k
+    with_record = [true] + [lie] * (k - 1)
+    without = [mp.mpf(1) / k] * k if other_is_uniform else [lie, true] + [lie] * (k - 2)
+    return list(zip(without, with_record, strict=True))
+
+
+@functools.cache
+def discrete_gaussian_outcomes(sigma: float, shift: int) -> Outcomes:
+    """Masses exp(−x²/2σ²) around 0 and around `shift`, to 40 deviations."""
+    s = mp.mpf(sigma)
+    whole = range(-math.ceil(40 * sigma) - shift, math.ceil(40 * sigma) + 2 * shift + 1)
+    weight = {x: mp.e ** (-(mp.mpf(x) ** 2) / (2 * s * s)) for x in range(whole[0] - shift, whole[-1] + 1)}
+    norm = mp.fsum(weight.values())
+    return [(weight[x] / norm, weight[x - shift] / norm) for x in whole]
+
+
+def outcomes_profile(outcomes: Outcomes) -> Profile:
+    return lambda y: mp.fsum(max(m1 - y * m0, mp.mpf(0)) for m0, m1 in outcomes)
+
+
+def mirrored(profile: Profile) -> Profile:
+    """Σ max(0, m0 − γ·m1), which is 1 − γ + γ·(the profile at 1/γ)."""
+    return lambda y: 1 - y + y * profile(1 / y) if y > 0 else mp.mpf(1)
+
+
+def poisson_delta(profile: Profile, q: float, epsilon: float) -> Any:
+    """δ(ε) on a Poisson sample, the larger of both directions, by substitution in Σ max(0, ·)."""
+    with mp.workdps(DIGITS):
+        p, y = mp.mpf(q), mp.e ** mp.mpf(epsilon)
+        remove = p * profile((y - 1 + p) / p)
+        rest = 1 - y * (1 - p)
+        add = rest * mirrored(profile)(y * p / rest) if rest > 0 else mp.mpf(0)
+        return max(remove, add, mp.mpf(0))
+
+
+def fixed_size_delta(profile: Profile, q: float, epsilon: float) -> Any:
+    """δ(ε ≥ 0) on a sample of fixed size, replace-one: Zhu, Dong & Wang 2022, Theorem 11 (3)."""
+    with mp.workdps(DIGITS):
+        p, y = mp.mpf(q), mp.e ** mp.mpf(epsilon)
+        return p * profile((y - 1 + p) / p)
+
+
+def profile_of(pair: Pair) -> Profile:
+    match pair:
+        case GaussianPair(scale):
+            return gaussian_profile(scale)
+        case LaplacePair(scale):
+            return laplace_profile(scale)
+        case BoundedRangePair(epsilon):
+            return bounded_range_profile(epsilon)
+        case ResponsePair(epsilon, delta):
+            return outcomes_profile(randomised_response(epsilon, delta))
+        case DiscreteGaussianPair(sigma, shift):
+            return outcomes_profile(discrete_gaussian_outcomes(sigma, shift))
+        case UniformResponsePair(noise, k) | SwappedResponsePair(noise, k):
+            uniform = isinstance(pair, UniformResponsePair)
+            return outcomes_profile(answers_of(noise, k, other_is_uniform=uniform))
+    raise AssertionError(f"no oracle for {pair!r}")
+
+
+def exact_delta(atom: Atom, epsilon: float) -> Any:
+    """δ(ε) of one run of `atom`."""
+    delta = fixed_size_delta if atom.sampling == "fixed-size" else poisson_delta
+    return delta(profile_of(atom.pair), atom.q, epsilon)
+
+
+def composed_outcomes(outcomes: Outcomes, count: int) -> Outcomes:
+    """All of `count` independent runs, outcomes of one loss gathered; for few outcomes."""
+    whole: Outcomes = [(mp.mpf(1), mp.mpf(1))]
+    for _ in range(count):
+        sums: dict[str, tuple[Any, Any]] = {}
+        for (a0, a1), (b0, b1) in itertools.product(whole, outcomes):
+            m0, m1 = a0 * b0, a1 * b1
+            if m0 or m1:
+                key = mp.nstr(m1 / m0, 25) if m0 else "inf"
+                other = sums.get(key, (mp.mpf(0), mp.mpf(0)))
+                sums[key] = (other[0] + m0, other[1] + m1)
+        whole = list(sums.values())
+    return whole
+
+
+def pure_composition_delta(epsilon: float, count: int, at: float) -> Any:
+    """δ of `count` ε-DP mechanisms: the binomial sum of Kairouz, Oh & Viswanath 2015, Theorem 3.3."""
+    with mp.workdps(DIGITS):
+        e, y = mp.mpf(epsilon), mp.e ** mp.mpf(at)
+        terms = []
+        for i in range(count + 1):
+            gap = mp.e ** ((count - i) * e) - y * mp.e ** (i * e)
+            if gap > 0:
+                terms.append(mp.binomial(count, i) * gap)
+        return mp.fsum(terms) / (1 + mp.e**e) ** count
 
 
 # ---------------------------------------------------------------- Rényi moments

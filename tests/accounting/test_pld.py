@@ -10,6 +10,7 @@ import mpmath as mp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from makers import atom_of, is_gaussian, scale_of
 from oracles import (
     Part,
     epsilon_at,
@@ -30,8 +31,10 @@ from accounting import (
     PrivacyAccountant,
     Repeated,
 )
-from accounting.events import Atom, atoms
-from accounting.pld import delta_bounds, epsilon_bounds, epsilon_curve
+from accounting.atoms import Atom
+from accounting.curve import epsilon_curve
+from accounting.events import atoms
+from accounting.pld import delta_bounds, epsilon_bounds
 
 TOLERANCE = 0.005
 
@@ -67,7 +70,7 @@ def test_one_sampled_gaussian(sigma: float, q: float) -> None:
     for z in (-1, 2, 6):  # deviations of the noise at which the loss is ε
         epsilon = math.log1p(q * math.expm1(z / sigma + 0.5 / sigma**2))
         epsilon = max(0.0, epsilon)
-        assert_brackets({Atom("gaussian", sigma, q): 1}, epsilon, gaussian_delta(sigma, q, epsilon))
+        assert_brackets({atom_of("gaussian", sigma, q): 1}, epsilon, gaussian_delta(sigma, q, epsilon))
 
 
 @pytest.mark.parametrize("q", [1e-8, 1e-4, 0.01, 0.3, 0.9, 1.0])
@@ -75,7 +78,7 @@ def test_one_sampled_gaussian(sigma: float, q: float) -> None:
 def test_one_sampled_laplace(scale: float, q: float) -> None:
     for share in (0.0, 0.3, 0.9, 0.999):
         epsilon = math.log1p(q * math.expm1(share / scale))
-        assert_brackets({Atom("laplace", scale, q): 1}, epsilon, laplace_delta(scale, q, epsilon))
+        assert_brackets({atom_of("laplace", scale, q): 1}, epsilon, laplace_delta(scale, q, epsilon))
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 1.0, 7.0, 1e3, 1e6, 1e9, 1e12, 1e14])
@@ -83,10 +86,10 @@ def test_an_unsampled_gaussian_is_exact_to_1e_8(sigma: float) -> None:
     for z in (0.0, 0.1, 1.0, 6.0):
         epsilon = z / sigma + (0.5 / sigma**2 if z else 0)
         truth = gaussian_delta(sigma, 1.0, epsilon)
-        lower, upper = delta_bounds({Atom("gaussian", sigma): 1}, epsilon)
+        lower, upper = delta_bounds({atom_of("gaussian", sigma): 1}, epsilon)
         assert lower <= truth <= upper <= lower * (1 + 1e-8)
         if epsilon:
-            low, high = epsilon_bounds({Atom("gaussian", sigma): 1}, float(truth))
+            low, high = epsilon_bounds({atom_of("gaussian", sigma): 1}, float(truth))
             assert low <= epsilon <= high <= low * (1 + 1e-7)
 
 
@@ -94,14 +97,14 @@ def test_an_unsampled_gaussian_just_below_its_total_variation() -> None:
     """Near δ(0) a tiny error of δ is a large one of ε."""
     truth = 1e-9
     delta = float(gaussian_delta(1.0, 1.0, truth))
-    low, high = epsilon_bounds({Atom("gaussian", 1.0): 1}, delta)
+    low, high = epsilon_bounds({atom_of("gaussian", 1.0): 1}, delta)
     assert low <= truth <= high
 
 
 @pytest.mark.parametrize(("sigma", "epsilon"), [(0.5, 3.0), (1.0, 1.0), (3.0, 0.1), (3.0, 1.5), (40.0, 0.06)])
 def test_a_gaussian_on_the_lattice(sigma: float, epsilon: float) -> None:
     """A second mechanism, which changes δ by less than 1e-12, forces the closed form's case to convolve."""
-    counts = {Atom("gaussian", sigma): 1, Atom("gaussian", 1e13, 0.5): 1}
+    counts = {atom_of("gaussian", sigma): 1, atom_of("gaussian", 1e13, 0.5): 1}
     truth = gaussian_delta(sigma, 1.0, epsilon)
     lower, upper = delta_bounds(counts, epsilon)
     assert lower <= truth * (1 + mp.mpf(10) ** -9)
@@ -115,7 +118,7 @@ def test_a_weak_mechanism_on_a_rare_sample_loses_no_mass(noise: str) -> None:
     """The range of losses is relative to q·rate, far below the rounding of 1 − q."""
     truth_of = gaussian_delta if noise == "gaussian" else laplace_delta
     for scale, q in ((1e10, 1e-8), (1e12, 0.3), (1e14, 0.5), (2e14, 4e-7)):
-        lower, upper = delta_bounds({Atom(noise, scale, q): 1}, 0.0)  # type: ignore[arg-type]
+        lower, upper = delta_bounds({atom_of(noise, scale, q): 1}, 0.0)
         assert lower <= truth_of(scale, q, 0.0) <= upper < 1e-8
 
 
@@ -127,14 +130,14 @@ def test_two_laplaces(rate: float) -> None:
     """k = 2 by quadrature of one mechanism's closed form against the other's losses."""
     for share in (0.0, 0.4, 1.0, 1.7, 1.99):
         epsilon = share * rate
-        lower, upper = delta_bounds({Atom("laplace", 1 / rate): 2}, epsilon)
+        lower, upper = delta_bounds({atom_of("laplace", 1 / rate): 2}, epsilon)
         assert lower <= two_laplaces_delta(rate, epsilon) * (1 + mp.mpf(10) ** -12)
         assert two_laplaces_delta(rate, epsilon) <= upper * (1 + mp.mpf(10) ** -12)
 
 
 def test_many_gaussians_are_one_gaussian() -> None:
     """k runs of σ·√k on the lattice, beside a negligible mechanism, are one run of σ."""
-    counts = {Atom("gaussian", 20.0): 100, Atom("gaussian", 1e13, 0.5): 1}
+    counts = {atom_of("gaussian", 20.0): 100, atom_of("gaussian", 1e13, 0.5): 1}
     for delta in (1e-12, 1e-5, 0.1):
         truth = epsilon_at(lambda e: gaussian_delta(2.0, 1.0, e), delta, 20.0)
         low, high = epsilon_bounds(counts, delta)
@@ -233,7 +236,7 @@ def test_epsilon_rises_with_steps_and_sampling_and_falls_with_noise_and_delta(
     scale: float, q: float, steps: int, delta: float, noise: str
 ) -> None:
     def bounds(scale: float, q: float, steps: int, delta: float) -> tuple[float, float]:
-        return epsilon_bounds({Atom(noise, scale, q): steps}, delta)  # type: ignore[arg-type]
+        return epsilon_bounds({atom_of(noise, scale, q): steps}, delta)
 
     lower, _ = bounds(scale, q, steps, delta)
     for worse in (
@@ -293,7 +296,7 @@ def test_delta_and_epsilon_bounds_do_not_contradict_each_other(event: Event, del
 
 
 def test_a_smaller_tolerance_gives_a_narrower_bracket_within_the_wider() -> None:
-    counts = {Atom("gaussian", 1.1, 0.01): 1_000}
+    counts = {atom_of("gaussian", 1.1, 0.01): 1_000}
     widths = []
     for tolerance in (0.05, 0.005, 0.0005):
         lower, upper = epsilon_bounds(counts, 1e-5, tolerance)
@@ -303,12 +306,11 @@ def test_a_smaller_tolerance_gives_a_narrower_bracket_within_the_wider() -> None
 
 
 def test_the_curve_brackets_what_single_questions_bracket() -> None:
-    step = atoms(Composed([PoissonSampled(Gaussian(1.1), 0.01), Gaussian(80.0)]))
+    step = Composed([PoissonSampled(Gaussian(1.1), 0.01), Gaussian(80.0)])
     points = epsilon_curve(step, [0, 1, 37, 1_000], 1e-5)
     assert points[0] == (0.0, 0.0)
     for count, (lower, upper) in zip([1, 37, 1_000], points[1:], strict=True):
-        event = Repeated(Composed([PoissonSampled(Gaussian(1.1), 0.01), Gaussian(80.0)]), count)
-        low, high = bounds_of(event, 1e-5)
+        low, high = bounds_of(Repeated(step, count), 1e-5)
         assert lower <= high
         assert low <= upper
         assert lower <= upper
@@ -345,18 +347,22 @@ def test_corners_get_a_bracket_in_time(event: Event, delta: float) -> None:
     began = time.process_time()
     lower, upper = bounds_of(event, delta)
     assert 0 <= lower <= upper < math.inf
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 60  # generous: some take 3 s on a busy core
     counts = atoms(event)
     assert delta_bounds(counts, upper)[0] <= delta * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-12, 1e-3, 1.0, 30.0, 1e3])
 def test_delta_from_zero_to_a_thousand(epsilon: float) -> None:
-    for atom in (Atom("gaussian", 0.5, 0.1), Atom("laplace", 0.01, 0.1), Atom("gaussian", 30.0, 0.9)):
+    for atom in (
+        atom_of("gaussian", 0.5, 0.1),
+        atom_of("laplace", 0.01, 0.1),
+        atom_of("gaussian", 30.0, 0.9),
+    ):
         lower, upper = delta_bounds({atom: 20}, epsilon)
         assert 0 <= lower <= upper <= 1
-        single = gaussian_delta if atom.noise == "gaussian" else laplace_delta
-        assert upper >= float(single(atom.scale, atom.q, epsilon))  # 20 runs cost no less than one
+        single = gaussian_delta if is_gaussian(atom) else laplace_delta
+        assert upper >= float(single(scale_of(atom), atom.q, epsilon))  # 20 runs cost no less than one
 
 
 @pytest.mark.parametrize("noise", [1e-320, 1e-200, 1e-100, 1e-9])
