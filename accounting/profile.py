@@ -21,7 +21,7 @@ import numpy.typing as npt
 from accounting.atoms import Atom
 from accounting.errors import UnsupportedEvent, UserError
 from accounting.events import check_number, shown
-from accounting.lattice import Direction
+from accounting.lattice import Direction, Lattice
 from accounting.pairs import UNIT, FloatArray
 from accounting.pld import Question, _only_gaussian, delta_bounds, pure_epsilon
 from accounting.rdp import renyi_delta
@@ -39,6 +39,7 @@ from accounting.tilted import (
 
 DEFAULT_TOLERANCE = 1e-3
 _MOST_REFINEMENTS = 5
+_MOST_WORK = 2**23  # points of all sums together, after which nothing is refined any more
 _LEAST_DELTA = 1e-300
 _WIDEST = 50.0  # e^h must not overflow
 _REACH = 2.5  # deviations from its mean up to which a tilted sum is expected to be precise
@@ -58,7 +59,7 @@ def delta_profile(
             δ(−ε) = 1 − e^{−ε} + e^{−ε}·δ(ε), which holds for the larger of both directions.
         tolerance: The bracket's width to stop at, as a share of TPR − FPR of the test that decides by
             whether the loss exceeds |ε|. At ε = 0 that is δ itself, at large ε it is P(loss > ε). Where the
-            limits of memory are reached first the bracket is wider, never wrong.
+            limits of memory and time are reached first (2^23 points) the bracket is wider, never wrong.
 
     Returns:
         (lower, upper), each of shape [k], with 0 ≤ lower ≤ upper ≤ 1.
@@ -78,6 +79,7 @@ class PrivacyProfile:
         tolerance: As for `delta_profile`.
 
     Attributes:
+        tolerance: May be changed between two questions.
         enough: A width of the bracket that will do at every ε, whatever the tolerance says.
         trivial: Whether nothing is released, or everything.
         gaussian: The noise of the one unsampled Gaussian mechanism that all amounts to, if it does.
@@ -101,7 +103,8 @@ class PrivacyProfile:
         self._sums: list[_Bracket] = []
         self._coarse: list[Part] = []
         self._furthest, self._least = -1.0, 1.0
-        self._settled: list[tuple[float, float]] = []
+        self._work = 0
+        self._settled: list[tuple[float, float, float]] = []
 
     def bounds(self, epsilons: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
         """`delta_profile` of this composition."""
@@ -142,20 +145,27 @@ class PrivacyProfile:
         for bracket in self._sums:
             book.enter(bracket)
         done = book.narrow
-        for start, end in self._settled:
-            done |= (start <= book.epsilons) & (book.epsilons <= end)
+        for start, end, tolerance in self._settled:
+            if self.tolerance >= tolerance:
+                done |= (start <= book.epsilons) & (book.epsilons <= end)
         if not done.all():
             furthest = float(book.epsilons[~done][-1])
             if furthest > self._furthest:
                 self._look_as_far_as(renyi_delta(self.counts, furthest), furthest)
                 self._furthest = furthest
         while self._coarse and not done.all():
+            if self._work > _MOST_WORK:  # no more than one look at what no sum has said anything about
+                done |= book.upper < 1
+                if done.all():
+                    break
             first = int(np.argmin(done))
             end = self._answer_around(book, first, float(book.epsilons[~done][-1]))
-            # What is not narrow now is as narrow as it gets.
-            self._settled.append((float(book.epsilons[first]), max(end, float(book.epsilons[first]))))
-            done |= book.narrow | (book.epsilons <= self._settled[-1][1])
-        for i in np.nonzero(book.upper - book.lower > 0.5 * book.upper)[0]:
+            # What is not narrow now is as narrow as it gets, up to the last ε that was looked at.
+            end = max(end, float(book.epsilons[first]))
+            last = float(book.epsilons[book.epsilons <= end][-1])
+            self._settled.append((float(book.epsilons[first]), last, self.tolerance))
+            done |= book.narrow | (book.epsilons <= last)
+        for i in np.nonzero(~book.narrow & (book.gap > 0.5 * book.upper))[0]:
             book.upper_of["remove"][i] = book.upper_of["add"][i] = min(
                 book.upper[i], renyi_delta(self.counts, float(book.epsilons[i]))
             )
@@ -212,18 +222,23 @@ class PrivacyProfile:
         h = question.aligned(
             max(question.finest, min(math.sqrt(2 * share / question.steps), widest, _WIDEST))
         )
-        gap = np.full(int(near.sum()), np.inf)
+        gap, shrink, order = np.full(int(near.sum()), np.inf), 1.0, 2.5
         for _ in range(_MOST_REFINEMENTS):
             bracket = _Bracket.of(question, h, tilt, (epsilon, end))
             self._sums.append(bracket)
+            self._work += bracket.points
             book.enter(bracket)
             before, gap = gap, book.gap[near]
             excess = gap / book.wanted[near]
-            open_still = (excess > 1) & (gap < 0.9 * before)
-            if not open_still.any() or h <= question.finest:
+            unfinished = (excess > 1) & (gap < 0.9 * before)
+            if not unfinished.any() or h <= question.finest or self._work > _MOST_WORK:
                 return
-            shrink = 0.9 * float(excess[open_still].max()) ** -0.4
-            h = question.aligned(max(question.finest, h * min(0.7, max(1 / 8, shrink))))
+            worst = int(np.argmax(np.where(unfinished, excess, 0)))
+            if math.isfinite(before[worst]):  # the gap shrinks with a power of h between 1 and 4
+                order = min(max(math.log(gap[worst] / before[worst]) / math.log(shrink), 1.0), 4.0)
+            shrink = min(0.7, max(1 / 16, 0.9 * float(excess[worst]) ** (-1 / order)))
+            finer = question.aligned(max(question.finest, h * shrink))
+            h, shrink = finer, min(finer / h, 0.9)
 
 
 def _checked(epsilons: npt.ArrayLike) -> FloatArray:
@@ -259,8 +274,16 @@ class _Bracket:
         below: dict[Direction, TiltedSum] = {}
         for direction in question.directions:
             ups, downs = question.lattices(h, direction)
-            above[direction], below[direction] = compose(ups, tilt), compose(downs, tilt)
+            if question.steps == 1:
+                above[direction], below[direction] = _as_it_is(ups[0][0]), _as_it_is(downs[0][0])
+            else:
+                above[direction], below[direction] = compose(ups, tilt), compose(downs, tilt)
         return cls(above, below, made_for)
+
+    @property
+    def points(self) -> int:
+        """How much work the sums were."""
+        return sum(len(t.losses) for t in [*self.above.values(), *self.below.values()])
 
     def tells_about(self, epsilons: FloatArray) -> npt.NDArray[np.bool_]:
         """At which ε these sums may be precise."""
@@ -330,6 +353,21 @@ class _Book:
             self.lower_of[direction][asked] = np.maximum(lower, self.lower_of[direction][asked])
             if len(bracket.above) == 1:  # the pair is its own mirror image
                 self.upper_of["add"], self.lower_of["add"] = self.upper_of["remove"], self.lower_of["remove"]
+
+
+def _as_it_is(lattice: Lattice) -> TiltedSum:
+    """A single run's losses: nothing is convolved, so nothing is tilted, and every ε is answered."""
+    return TiltedSum(
+        tilt=0.0,
+        cumulant=0.0,
+        mean=0.0,
+        deviation=math.inf,
+        losses=lattice.losses,
+        mass=lattice.mass,
+        error=0.0,
+        relative=64 * UNIT,
+        infinite=lattice.infinite,
+    )
 
 
 def _answers(t: TiltedSum, epsilons: FloatArray, *, upper: bool) -> tuple[FloatArray, FloatArray]:

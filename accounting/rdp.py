@@ -105,7 +105,12 @@ def _unsampled(pair: Pair, orders: FloatArray) -> FloatArray:
             return _from_excess(_two_losses(epsilon), orders)
         case DiscreteGaussianPair(sigma, shift):
             # Canonne, Kamath & Steinke 2020, Proposition 5; exact at whole orders.
-            return orders * (shift / sigma) ** 2 / 2
+            gaussian = orders * (shift / sigma) ** 2 / 2
+            nodes = _discrete_gaussian_nodes(sigma, shift, np.minimum(orders, _MOST_QUADRATURE))
+            if nodes is None:
+                return gaussian
+            summed = np.minimum(gaussian, _from_excess(nodes, orders))
+            return np.where(orders <= _MOST_QUADRATURE, summed, gaussian)
         case DiscretePair():
             points = pair.points(upper=True)
             if points.only1 or (points.only0 and _needs_both(pair)):
@@ -429,7 +434,8 @@ def _least(counts: Mapping[Atom, int], bound: Callable[[FloatArray, FloatArray],
     found = values(orders)
     i = int(np.argmin(found))
     if i in (0, len(orders) - 1):
-        orders = _LOW_ORDERS if i == 0 else _HIGH_ORDERS
+        low, high = np.append(_LOW_ORDERS, orders[1]), np.append(orders[-2], _HIGH_ORDERS)
+        orders = low if i == 0 else high
         found = values(orders)
         i = int(np.argmin(found))
     least = found[i]

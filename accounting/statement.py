@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from accounting.events import NeighboringRelation
+from accounting.errors import UserError
+from accounting.events import Event, NeighboringRelation
+from accounting.gdp import equivalent_mu
+from accounting.tradeoff import tradeoff_curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Risk:
+    """What an attacker can do at best, by the whole plan: upper bounds (`accounting.tradeoff`).
+
+    Attributes:
+        mu: The Gaussian mechanism of σ = 1/μ has this ε at this δ; see `accounting.gdp.equivalent_mu`.
+        tpr_at_fpr_1: True positive rate at a false positive rate of 1 %.
+        tpr_at_fpr_01: The same at 0.1 %.
+    """
+
+    mu: float
+    tpr_at_fpr_1: float
+    tpr_at_fpr_01: float
+
+    @classmethod
+    def of(cls, plan: Event, delta: float, relation: NeighboringRelation) -> Risk:
+        """The risk of a plan whose parameters were fixed in advance."""
+        lower, _ = tradeoff_curve(plan, [0.01, 0.001], neighboring_relation=relation)
+        try:
+            mu = equivalent_mu(plan, delta, neighboring_relation=relation)
+        except UserError:  # above 1000, which is as good as no protection
+            mu = math.inf
+        return cls(mu=mu, tpr_at_fpr_1=1 - float(lower[0]), tpr_at_fpr_01=1 - float(lower[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +59,7 @@ class PrivacyFacts:
         planned_steps: Steps that were reserved.
         steps: Steps that were released.
         noise_is_secret: Whether noise and sampling are unpredictable.
+        risk: What an attacker can do at best.
         test_set_is_public: Whether the test set is that of a public benchmark.
         not_private_logs: Whether private figures were logged beside the results.
     """
@@ -52,6 +82,7 @@ class PrivacyFacts:
     planned_steps: int
     steps: int
     noise_is_secret: bool
+    risk: Risk
     test_set_is_public: bool
     not_private_logs: bool
 
@@ -126,6 +157,8 @@ it; timing and memory use.{rounding}{logs}
 | accountant | {_ACCOUNTANTS[f.accountant]} |
 | ε, upper bound (the guarantee) | {_up(f.epsilon)} |
 | ε, lower bound for the dominating pair | {_down(f.epsilon_lower)} |
+| membership inference, at most | TPR {_percent(f.risk.tpr_at_fpr_1)} at FPR 1 %; TPR {_percent(f.risk.tpr_at_fpr_01)} at FPR 0.1 % |
+| Gaussian noise with this ε at this δ | μ = {_up(f.risk.mu)} (a figure of speech: it says nothing about other δ) |
 | noise and sampling | {"secret, keyed by the operating system" if f.noise_is_secret else "SEEDED, not secret"} |
 
 The events behind these figures are in `privacy_events.json`; \
@@ -153,6 +186,11 @@ def _down(value: float) -> str:
     """Four decimals, rounded down: a lower bound stays one."""
     rounded = round(value, 4)
     return f"{rounded if rounded <= value else rounded - 1e-4:.4f}"
+
+
+def _percent(share: float) -> str:
+    """Two decimals of a percentage, rounded up."""
+    return f"{math.ceil(min(share, 1.0) * 1e4) / 100:.2f} %"
 
 
 def _power(epsilon: float) -> str:

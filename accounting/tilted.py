@@ -188,11 +188,11 @@ class TiltedSum:
         found in closed form, after the sums above each point.
 
         Returns:
-            (ε, True); or, if the root is further than five deviations from the mean, where this tilt tells
+            (ε, True); or, if the root is so far from the mean (about five deviations) that this tilt tells
             little, (the end of that interval on the root's side, False).
         """
-        # Where e^{θ·5 deviations} would not be a float, less is looked at.
-        reach = min(5 * self.deviation, 600 / (1 + self.tilt))
+        # Five deviations; more where all mass is at one point, less where e^{θ·reach} would not be a float.
+        reach = min(max(5 * self.deviation, 6 / (1 + self.tilt)), 600 / (1 + self.tilt))
         lowest, highest = max(0.0, self.mean - reach), self.mean + reach
         if highest <= 0:
             return 0.0, upper

@@ -40,6 +40,8 @@ _MOST_ROUNDS = 16
 _FIRST_POINTS = 24
 _LEAST_RATE = 1e-12  # at an FPR of 0 (or 1) the curve is as close as at this one
 _AT_ONCE = 1024
+_ROUGH = 0.05  # tolerance of the first look
+_SHARE = 4  # a bracket of δ becomes one of f of about three times its width between the points
 _TINY = 1e-300
 _ROUNDING = 4e-15  # of a sum of a few terms of at most 1
 
@@ -155,31 +157,49 @@ def calibrate_noise_for_risk(
     relation = check_relation(neighboring_relation)
     alpha, target = _checked_target(fpr, tpr, max_advantage)
 
-    def excess(noise: float) -> float:
+    def excess(noise: float, precision: float = _ROUGH) -> float:
         """The guaranteed TPR − FPR."""
         event = make_event(noise)
         if alpha is None:
-            return attack_advantage(event, neighboring_relation=relation, tolerance=tolerance / 4)[1]
-        _, most = tpr_at_fpr(event, alpha, neighboring_relation=relation, tolerance=tolerance / 4)
+            return attack_advantage(event, neighboring_relation=relation, tolerance=precision)[1]
+        _, most = tpr_at_fpr(event, alpha, neighboring_relation=relation, tolerance=precision)
         return most - alpha
 
-    good, bad = 1.0, None
-    while (found := excess(good)) > target:
+    # First roughly, since precise answers take long.
+    good, bad = 1.0, 0.0
+    while excess(good) > target:
         good, bad = 4 * good, good
         if good > MOST_NOISE:
             raise UnreachableBudget(
                 f"No noise multiplier up to {MOST_NOISE:g} keeps TPR − FPR at or below {target:g}; "
                 "allow more, or plan fewer steps or a smaller batch."
             )
-    while bad is None:
+    while not bad:
         if good == LEAST_NOISE:
             return good
         less = max(good / 4, LEAST_NOISE)
-        if (risk := excess(less)) > target:
-            bad = less
-        else:
-            good, found = less, risk
-    return approach(excess, bad, good, target, tolerance=tolerance, good_value=found)
+        good, bad = (good, less) if excess(less) > target else (less, 0.0)
+    return _sharpen(
+        lambda noise: excess(noise, tolerance / 4),
+        approach(excess, bad, good, target, tolerance=_ROUGH),
+        target,
+        tolerance,
+    )
+
+
+def _sharpen(risk: Callable[[float], float], near: float, target: float, tolerance: float) -> float:
+    """The least noise with risk ≤ target, to `tolerance`, given that it is not far from `near`."""
+    good, found, factor = near, risk(near), 1.01
+    while found > target:  # a finer lattice's bound is hardly ever the larger one
+        good, factor = good * factor, factor**2
+        found = risk(good)
+    bad, factor = good, 1.02
+    while (worse := risk(bad / factor)) <= target:
+        good = bad = bad / factor
+        found, factor = worse, factor**2
+        if good < LEAST_NOISE:
+            return good
+    return approach(risk, bad / factor, good, target, tolerance=tolerance, good_value=found)
 
 
 def _checked_target(
@@ -234,8 +254,7 @@ class _Tradeoff:
     def __init__(self, event: Event, relation: NeighboringRelation, tolerance: float) -> None:
         self.tolerance = _checked_tolerance(tolerance, "tradeoff_curve")
         counts = _counts(event, relation)
-        # A bracket of δ of some width becomes one of f of about three times that between the points.
-        self.profile = PrivacyProfile(counts, tolerance=self.tolerance / 4)
+        self.profile = PrivacyProfile(counts, tolerance=_ROUGH)
 
     def at(self, alphas: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Bounds on f at each of `alphas`, shape [k]."""
@@ -248,20 +267,24 @@ class _Tradeoff:
         return self._sandwich(alphas)
 
     def _sandwich(self, alphas: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Bounds from δ at some ε; at each turn, ε are added where they tell most."""
+        """Bounds from δ at some ε. At each turn ε are added, and looked at closely, where they tell most."""
         inside = (alphas > 0) & (alphas < 1)
         epsilons = self._first_epsilons(alphas)
+        sharp = np.array([-1.0])
         for turn in range(_MOST_ROUNDS):
+            self.profile.tolerance = max(_ROUGH, self.tolerance / _SHARE)
             below, above = self.profile.bounds(epsilons)
             lower = from_below(epsilons, above, alphas)
             upper, decisive = from_above(epsilons, below, above, alphas)
             upper = np.clip(upper, lower, 1 - alphas)
             wanted = self.tolerance * (1 - alphas - lower) + 8 * _ROUNDING
             wide = inside & (upper - lower > wanted)
-            more = _apart(epsilons, decisive[wide])
+            more = _apart(sharp, decisive[wide])
             if not len(more) or turn == _MOST_ROUNDS - 1:
                 break
-            epsilons = np.union1d(epsilons, more)
+            self.profile.tolerance = self.tolerance / _SHARE
+            self.profile.bounds(more)
+            sharp, epsilons = np.union1d(sharp, more), np.union1d(epsilons, more)
         return lower, upper
 
     def _first_epsilons(self, alphas: FloatArray) -> FloatArray:
@@ -280,11 +303,12 @@ class _Tradeoff:
 
 
 def _apart(known: FloatArray, wished: FloatArray) -> FloatArray:
-    """Those of `wished` that are not as good as known."""
+    """Those of `wished` that are not as good as known (`known` begins below 0)."""
     wished = np.unique(wished[(wished >= 0) & (wished < 690)])
-    place = np.clip(np.searchsorted(known, wished), 1, len(known) - 1)
-    nearest = np.minimum(np.abs(wished - known[place - 1]), np.abs(wished - known[place]))
-    return np.asarray(wished[nearest > 1e-9 * known[-1]])
+    place = np.searchsorted(known, wished)
+    before, after = known[place - 1], known[np.minimum(place, len(known) - 1)]
+    nearest = np.minimum(np.abs(wished - before), np.abs(wished - after))
+    return np.asarray(wished[nearest > 1e-9 * (1e-6 + wished)])
 
 
 def from_below(epsilons: FloatArray, above: FloatArray, alphas: FloatArray) -> FloatArray:

@@ -7,34 +7,25 @@ says what to change), 3 where the budget does not allow the run, 130 after Ctrl-
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from accounting import (
-    BudgetExceeded,
-    PrivacyAccountant,
-    PrivacyBudget,
-    UnreachableBudget,
-    UserError,
-    calibrate_noise_multiplier,
-)
-from accounting.events import check_number, check_relation
-from dpml.config import DPSGDConfig, DPSGDRun
+from accounting import BudgetExceeded, UnreachableBudget, UserError
+from dpml.config import DPSGDRun
 from dpml.options import options_from, typed
-from dpml.planning import ENGINE_SLACK, SamplingPlan
+from dpml.questions import account, calibrate
+from dpml.table import print_table
 
 OK, FAILED, WRONG_CALL, NO_BUDGET, INTERRUPTED = 0, 1, 2, 3, 130
-_QUESTION = ("batch_size", "epochs", "sampling_probability", "neighboring_relation", "accountant")
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": False}
 
 
@@ -143,7 +134,7 @@ def _show_run(summary: dict[str, Any], output: Path) -> None:
     rows["training"] = f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s"
     rows["output"] = str(output)
     rows["curves"] = f"tensorboard --logdir {shlex.quote(str(output))}"
-    _table(rows)
+    print_table(rows)
     if summary["status"] == "stopped":
         _say_stopped(summary)
     if summary["status"] == "diverged":
@@ -176,125 +167,8 @@ def _relation(summary: dict[str, Any]) -> str:
     return f"{summary['neighboring_relation']}{public}"
 
 
-# ---------------------------------------------------------------- account
-
-
-@dpml.group(invoke_without_command=True)
-@click.option("--events", type=click.Path(path_type=Path), help="A run's privacy_events.json.")
-@click.option("--delta", type=float, help="δ, in (0, 1).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_context
-def account(ctx: click.Context, events: Path | None, delta: float | None, as_json: bool) -> None:
-    """Compute ε, of a plan in numbers or of the events that a run recorded."""
-    if ctx.invoked_subcommand is not None:
-        if events is not None or delta is not None:
-            raise click.UsageError(f"Put the options behind {ctx.invoked_subcommand!r}.")
-        return
-    if events is None or delta is None:
-        raise click.UsageError("Give --events FILE and --delta, or use 'dpml account dpsgd'.")
-    from dpml.outputs import read_events
-
-    planned, committed, record = read_events(events)
-    relation = check_relation(record.get("neighboring_relation"))
-    method = record.get("accountant", "pld")
-    answers = {"planned": planned, "committed": committed}
-    report: dict[str, Any] = {"delta": delta, "neighboring_relation": relation, "accountant": method}
-    if record.get("status") == "running":  # the run goes on, or was killed: only its plan is known
-        del answers["committed"]
-        report |= {"committed_epsilon": None, "committed_epsilon_lower": None}
-    for name, parts in answers.items():
-        accountant = PrivacyAccountant(method, neighboring_relation=relation)
-        for event in parts:
-            accountant.record(event)
-        lower, upper = accountant.epsilon_bounds(delta)
-        prefix = "" if name == "planned" else "committed_"
-        report |= {f"{prefix}epsilon": upper, f"{prefix}epsilon_lower": lower}
-    _print(report, as_json)
-
-
-_plan_options = options_from(DPSGDConfig, only=_QUESTION, required=("batch_size", "epochs"))
-
-
-def _dpsgd_question(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that `account dpsgd` and `calibrate dpsgd` share."""
-    examples = click.option("--examples", type=int, help="Number of training records n.")
-    delta = click.option("--delta", type=float, required=True, help="δ, in (0, 1).")
-    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-    return examples(_plan_options(delta(as_json(command))))
-
-
-@account.command("dpsgd")
-@_dpsgd_question
-@click.option("--noise-multiplier", type=float, required=True, help="Standard deviation over clip norm.")
-def account_dpsgd(noise_multiplier: float, delta: float, as_json: bool, **values: Any) -> None:
-    """The ε of DP-SGD with a given noise."""
-    sampling, method = _sampling(values)
-    noise_multiplier = check_number(noise_multiplier, "noise_multiplier", "a run", low=0, high=1e7)
-    accountant = PrivacyAccountant(method, neighboring_relation=sampling.neighboring_relation)
-    accountant.record(sampling.event(noise_multiplier))
-    lower, upper = accountant.epsilon_bounds(delta)
-    report = {"epsilon": upper, "epsilon_lower": lower, "noise_multiplier": noise_multiplier}
-    _print({**report, **_facts(sampling, delta, method)}, as_json)
-
-
-@dpml.group()
-def calibrate() -> None:
-    """Find the noise for a budget."""
-
-
-@calibrate.command("dpsgd")
-@_dpsgd_question
-@click.option("--epsilon", type=float, required=True, help="The budget ε.")
-def calibrate_dpsgd(epsilon: float, delta: float, as_json: bool, **values: Any) -> None:
-    """The least noise multiplier with which DP-SGD stays within ε."""
-    sampling, method = _sampling(values)
-    budget = PrivacyBudget(epsilon, delta)
-    relation = sampling.neighboring_relation
-    sigma = calibrate_noise_multiplier(sampling.event, budget, method=method, neighboring_relation=relation)
-    accountant = PrivacyAccountant(method, neighboring_relation=relation)
-    accountant.record(sampling.event(sigma))
-    lower, upper = accountant.epsilon_bounds(delta)
-    report = {"noise_multiplier": sigma, "target_epsilon": epsilon, "epsilon": upper, "epsilon_lower": lower}
-    _print({**report, **_facts(sampling, delta, method)}, as_json)
-
-
-def _sampling(values: dict[str, Any]) -> tuple[SamplingPlan, Any]:
-    given = typed(values)
-    method = given.pop("accountant", "pld")
-    return SamplingPlan.of(examples=given.pop("examples", None), **given), method
-
-
-def _facts(sampling: SamplingPlan, delta: float, method: str) -> dict[str, Any]:
-    return {
-        "delta": delta,
-        "steps": sampling.steps,
-        "sampling_probability": sampling.sampling_probability,
-        "expected_batch_size": sampling.expected_batch_size,
-        "neighboring_relation": sampling.neighboring_relation,
-        "n_is_public": sampling.n_is_public,
-        "accountant": method,
-        "sensitivity_slack": ENGINE_SLACK,
-    }
-
-
-def _print(report: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        finite = {k: None if v == float("inf") else v for k, v in report.items()}
-        click.echo(json.dumps(finite, indent=2, ensure_ascii=False))
-        return
-    _table(
-        {
-            key.replace("_", " "): f"{value:.6g}" if isinstance(value, float) else str(value)
-            for key, value in report.items()
-        }
-    )
-
-
-def _table(rows: Mapping[str, str]) -> None:
-    """Print in two columns. Nothing is wrapped, so that paths can be copied and lines be searched."""
-    width = max(map(len, rows))
-    for key, value in rows.items():
-        click.echo(f"{key:<{width}}  {value}")
+dpml.add_command(account)
+dpml.add_command(calibrate)
 
 
 # ---------------------------------------------------------------- recipes
@@ -313,7 +187,7 @@ def recipes() -> None:
             words = str(error)
         rows[name] = words.splitlines()[0] if words else "(no description)"
     if rows:
-        _table(rows)
+        print_table(rows)
 
 
 def run() -> None:

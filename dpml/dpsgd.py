@@ -25,7 +25,7 @@ from accounting import (
     calibrate_noise_multiplier,
 )
 from accounting.curve import epsilon_curve
-from accounting.statement import PrivacyFacts, statement
+from accounting.statement import PrivacyFacts, Risk, statement
 from dpml import models
 from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.data import LabeledData, load
@@ -392,6 +392,7 @@ class _Report:
             PrivacyFacts(
                 method="DP-SGD",
                 relation=self.sampling.neighboring_relation,
+                risk=Risk.of(self.plan, summary["delta"], self.sampling.neighboring_relation),
                 test_set_is_public=test_set_is_public,
                 not_private_logs=self.config.log_not_private,
                 **{key: summary[key] for key in copied.split()},

@@ -67,3 +67,17 @@ def test_every_command_names_flags_that_exist(capsys: pytest.CaptureFixture[str]
         assert main([*path, "--help"]) == 0
         text = capsys.readouterr().out
         assert not [flag for flag in flags if flag not in text], command
+
+
+def test_the_accounting_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "accounting" / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)  # noqa: S102 - the README's own code
+        if "guarded" in names:
+            promised = int(re.findall(r"remaining\(step\) +# (\d+)", block)[0])
+            assert names["reservation"].committed == 1
+            fresh = names["PrivacyAccountant"](budget=names["guarded"].budget)
+            assert fresh.remaining(names["step"]) == promised

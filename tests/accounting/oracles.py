@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec
 
 import mpmath as mp
 from dp_accounting.pld import privacy_loss_distribution as google
@@ -31,6 +31,7 @@ from accounting.pairs import (
 )
 
 DIGITS = 40
+P = ParamSpec("P")
 
 # Balle & Wang 2018, Theorem 8, and the same region {x : loss > ε} for a mixture (1−q)·f(x) + q·f(x−1):
 # δ(ε) = P(region) − e^ε·Q(region), with the region's end solved for.
@@ -110,6 +111,17 @@ Outcomes = list[tuple[Any, Any]]
 """(m0, m1) of each outcome."""
 
 
+def precise(make: Callable[P, Outcomes]) -> Callable[P, Outcomes]:
+    """Masses of 40 digits: a mirrored profile is a small difference of large numbers."""
+
+    @functools.wraps(make)
+    def with_digits(*args: P.args, **kwargs: P.kwargs) -> Outcomes:
+        with mp.workdps(DIGITS):
+            return make(*args, **kwargs)
+
+    return with_digits
+
+
 def gaussian_profile(scale: float) -> Profile:
     s = mp.mpf(scale)
     half = 1 / (2 * s)
@@ -147,6 +159,7 @@ def bounded_range_profile(epsilon: float) -> Profile:
     return profile
 
 
+@precise
 def two_losses(width: float, t: float) -> Outcomes:
     """The pair with the losses t and t − width."""
     w, t = mp.mpf(width), mp.mpf(t)
@@ -154,6 +167,7 @@ def two_losses(width: float, t: float) -> Outcomes:
     return [(m1 * mp.e**-t, m1), ((1 - m1) * mp.e ** (w - t), 1 - m1)]
 
 
+@precise
 def randomised_response(epsilon: float, delta: float = 0.0) -> Outcomes:
     """Kairouz, Oh & Viswanath 2015, Section 2.3: with probability δ the input itself, else an ε-DP bit."""
     likely = (1 - mp.mpf(delta)) / (1 + mp.e ** -mp.mpf(epsilon))
@@ -161,6 +175,7 @@ def randomised_response(epsilon: float, delta: float = 0.0) -> Outcomes:
     return [(mp.mpf(0), mp.mpf(delta)), (likely, unlikely), (unlikely, likely), (mp.mpf(delta), mp.mpf(0))]
 
 
+@precise
 def answers_of(noise_probability: float, answers: int, *, other_is_uniform: bool) -> Outcomes:
     """A randomised answer, against another record's, or against a uniform one; a mass for each answer."""
     p, k = mp.mpf(noise_probability), answers
@@ -171,17 +186,24 @@ def answers_of(noise_probability: float, answers: int, *, other_is_uniform: bool
 
 
 @functools.cache
+@precise
 def discrete_gaussian_outcomes(sigma: float, shift: int) -> Outcomes:
-    """Masses exp(−x²/2σ²) around 0 and around `shift`, to 40 deviations."""
+    """Masses exp(−x²/2σ²) around 0 and around `shift`, to 40 deviations beyond 40 shifts.
+
+    Moments of order α have their weight around α shifts.
+    """
     s = mp.mpf(sigma)
-    whole = range(-math.ceil(40 * sigma) - shift, math.ceil(40 * sigma) + 2 * shift + 1)
+    whole = range(-math.ceil(40 * sigma) - shift, math.ceil(40 * sigma) + 40 * shift + 1)
     weight = {x: mp.e ** (-(mp.mpf(x) ** 2) / (2 * s * s)) for x in range(whole[0] - shift, whole[-1] + 1)}
     norm = mp.fsum(weight.values())
     return [(weight[x] / norm, weight[x - shift] / norm) for x in whole]
 
 
 def outcomes_profile(outcomes: Outcomes) -> Profile:
-    return lambda y: mp.fsum(max(m1 - y * m0, mp.mpf(0)) for m0, m1 in outcomes)
+    def profile(y: Any) -> Any:
+        return mp.fsum(m1 - y * m0 for m0, m1 in outcomes if m1 > y * m0)
+
+    return profile
 
 
 def mirrored(profile: Profile) -> Profile:
@@ -230,6 +252,7 @@ def exact_delta(atom: Atom, epsilon: float) -> Any:
     return delta(profile_of(atom.pair), atom.q, epsilon)
 
 
+@precise
 def composed_outcomes(outcomes: Outcomes, count: int) -> Outcomes:
     """All of `count` independent runs, outcomes of one loss gathered; for few outcomes."""
     whole: Outcomes = [(mp.mpf(1), mp.mpf(1))]

