@@ -149,7 +149,7 @@ class Cells:
         mass[:-2] += self.p * down
         mass[2:] += self.p * up
         mass[-2] += self.p_above
-        offset = (self.shift + 0.5 - _BELOW) * h
+        offset = (self.shift + 0.5 - _BELOW) * h - 4 * UNIT  # for the rounding of `own`, `lift` and `pull`
         return Lattice(h, self.first - 1, np.maximum(mass, 0), self.p_infinite, offset)
 
 

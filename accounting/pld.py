@@ -29,6 +29,7 @@ DEFAULT_TOLERANCE = 0.002
 MOST_CELLS = 2**18
 _MOST_REFINEMENTS = 6
 _WIDEST = 50.0  # e^h must not overflow
+_NARROWEST = 1e-10  # far above the rounding of e^h
 DIRECTIONS: tuple[Direction, ...] = ("remove", "add")
 
 
@@ -53,7 +54,7 @@ def epsilon_bounds(
     if simple is not None:
         return simple
     lower, upper = Question(counts, delta, None).bracket(tolerance)
-    if upper - lower > tolerance * upper:  # rarely better than what was found, and then by much
+    if math.isinf(upper) or upper - lower > tolerance * upper:  # rarely better than what was found, and then by much
         upper = max(lower, min(upper, renyi_epsilon(counts, delta)))
     return lower, upper
 
@@ -76,9 +77,14 @@ def delta_bounds(
     if epsilon >= pure_epsilon(counts):
         return 0.0, 0.0
     _require_pairs(counts)
-    renyi = renyi_delta(counts, epsilon)
-    lower, upper = Question(counts, max(renyi, 1e-300), epsilon).bracket(tolerance)
-    return lower, max(lower, min(upper, renyi))
+    lower, upper = 0.0, renyi_delta(counts, epsilon)
+    for _ in range(3):  # what is cut off the losses is chosen by how small δ is about
+        guess = upper
+        below, above = Question(counts, max(guess, 1e-300), epsilon).bracket(tolerance)
+        lower, upper = max(lower, below), min(upper, above)
+        if upper > 1e-4 * guess:
+            break
+    return min(lower, upper), upper
 
 
 def simple_epsilon(counts: Mapping[Atom, int], delta: float) -> tuple[float, float] | None:
@@ -177,7 +183,7 @@ class Question:
         self.ranges = [loss_range(atom, self.log_tail) for atom in self.counts]
         self.pure = pure_epsilon(self.counts)
         spans = [high - low for low, high in self.ranges]
-        self.finest = max(max(spans) / MOST_CELLS, 1e-300)
+        self.finest = max(max(spans) / MOST_CELLS, _NARROWEST)
         self.directions = DIRECTIONS
         if all(atom.sampling == "fixed-size" for atom in self.counts):
             self.directions = DIRECTIONS[:1]  # replace-one has but one
@@ -208,7 +214,7 @@ class Question:
         if self.epsilon is None:
             return tolerance * upper + 1e-12
         # d log δ / dε is about −(tilt + 1) near ε.
-        return min((1 + tilt) * tolerance * max(self.epsilon, 1e-6), 0.2) * upper + 1e-300
+        return min(tolerance * max((1 + tilt) * self.epsilon, 1.0), 0.2) * upper + 1e-300
 
     def width(self, tolerance: float) -> tuple[float, float]:
         """The lattice width that should do, and the tilt, from a coarse lattice."""
@@ -222,7 +228,8 @@ class Question:
             tilt, epsilon = tilt_at(parts, self.epsilon), self.epsilon
         # Spreading a mass over a cell of width h adds h²/6 to its variance at most, and gathering loses twice
         # that: together about steps·(1 + tilt)·h²/4 of ε.
-        goal = tolerance * max(epsilon, 1e-5)
+        least = 1e-5 if self.epsilon is None else 1 / (1 + tilt)
+        goal = tolerance * max(epsilon, least)
         h = math.sqrt(2.0 * goal / (self.steps * (1 + tilt)))
         widest = max(high - low for low, high in self.ranges)
         return self.aligned(max(self.finest, min(h, widest / 64, _WIDEST))), tilt

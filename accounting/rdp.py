@@ -46,6 +46,7 @@ INTEGER_ORDERS: FloatArray = np.unique(
 )
 ORDERS: FloatArray = np.concatenate([FRACTIONAL_ORDERS, INTEGER_ORDERS])
 """Orders that a conversion minimises over: dense where ε between 0.1 and 10 has its optimum."""
+_NEXT_TO_ONE: FloatArray = np.array([1.001])
 _LOW_ORDERS: FloatArray = 1 + np.geomspace(1e-6, 0.02, 24)
 _MIDDLE_ORDERS: FloatArray = 1 + np.geomspace(0.02, 63, 24)
 _HIGH_ORDERS: FloatArray = np.unique(np.rint(np.geomspace(64, 2**17, 34)))
@@ -409,7 +410,7 @@ def delta_from_rdp(rho: FloatArray, epsilon: float, orders: FloatArray = ORDERS)
 
 def renyi_epsilon(counts: Mapping[Atom, int], delta: float) -> float:
     """The least ε at `delta` over all orders: few orders far apart, then more around the best."""
-    if not counts:
+    if not counts or _total_variation(counts) <= delta:
         return 0.0
     return max(
         0.0, _least(counts, lambda rho, a: rho + (log_hockey_stick_factor(a) - np.log(delta)) / (a - 1))
@@ -421,7 +422,12 @@ def renyi_delta(counts: Mapping[Atom, int], epsilon: float) -> float:
     if not counts:
         return 0.0
     log_delta = _least(counts, lambda rho, a: (a - 1) * (rho - epsilon) + log_hockey_stick_factor(a))
-    return float(np.exp(min(0.0, log_delta)))
+    return min(float(np.exp(min(0.0, log_delta))), _total_variation(counts))
+
+
+def _total_variation(counts: Mapping[Atom, int]) -> float:
+    """A bound on δ at ε = 0 from a divergence next to order 1: Bretagnolle & Huber 1979."""
+    return math.sqrt(-math.expm1(-float(rdp(counts, _NEXT_TO_ONE)[0])))
 
 
 def _least(counts: Mapping[Atom, int], bound: Callable[[FloatArray, FloatArray], FloatArray]) -> float:

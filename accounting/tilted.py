@@ -308,7 +308,9 @@ class Repetition:
         """The tilted sum of `runs` runs."""
         below, above = self.window(runs)
         h, size = self.parts[0][0].h, 2 * len(spectra[0][0].values) - 2
-        outside = 2 * math.exp(_LOG_OUTSIDE)
+        # Nothing is outside of a window that holds all losses.
+        cut = [end < runs * limit for end, limit in zip((below, above), self.limits, strict=True)]
+        outside = sum(cut) * math.exp(_LOG_OUTSIDE)
         if (below + above) / h + 2 > size:  # keep what fits; what falls outside is bounded by Chebyshev
             outside = min(1.0, 4 * runs * self.variance / (size * h) ** 2)
             below = size * h / 2

@@ -69,7 +69,7 @@ def test_every_command_names_flags_that_exist(capsys: pytest.CaptureFixture[str]
         assert not [flag for flag in flags if flag not in text], command
 
 
-def test_the_accounting_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_accounting_readme_runs() -> None:
     text = (Path(__file__).parents[1] / "accounting" / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     assert len(blocks) == 3
