@@ -160,7 +160,7 @@ class PrivacyAccountant:
         if self.method == "pld":
             return pld.epsilon_bounds(counts, _check_delta(delta), self.tolerance)
         upper = self._epsilon_of(counts, delta)
-        with_pairs = {atom: count for atom, count in counts.items() if atom.has_pair}
+        with_pairs = {x: count for x, count in counts.items() if x.has_pair or x == Atom.NON_PRIVATE}
         return min(pld.epsilon_bounds(with_pairs, delta, self.tolerance)[0], upper), upper
 
     def delta(self, epsilon: float, *, group_size: int = 1) -> float:
@@ -174,7 +174,7 @@ class PrivacyAccountant:
         if self.method == "pld":
             return pld.delta_bounds(counts, epsilon, self.tolerance)
         upper = renyi_delta(counts, epsilon)
-        with_pairs = {atom: count for atom, count in counts.items() if atom.has_pair}
+        with_pairs = {x: count for x, count in counts.items() if x.has_pair or x == Atom.NON_PRIVATE}
         return min(pld.delta_bounds(with_pairs, epsilon, self.tolerance)[0], upper), upper
 
     # ------------------------------------------------------------ inside

@@ -105,7 +105,10 @@ class Event(ABC):
     may_be_sampled: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
-        EVENT_TYPES[cls.__name__] = cls
+        known = EVENT_TYPES.setdefault(cls.__name__, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"There is an event {cls.__name__} already, in {known.__module__}.")
+        EVENT_TYPES[cls.__name__] = cls  # defined again, as in a notebook
 
     @abstractmethod
     def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
@@ -204,8 +207,12 @@ def check_event(value: object, owner: str) -> None:
         raise UserError(f"{owner} would be nested deeper than {_DEEPEST_NESTING} levels.")
 
 
-def _depth(event: Event) -> int:
-    return 1 + max(map(_depth, event._parts()), default=-1)
+def _depth(event: Event, known: dict[int, int] | None = None) -> int:
+    """How deep events nest; a part that occurs several times is looked at once."""
+    known = {} if known is None else known
+    if id(event) not in known:
+        known[id(event)] = 1 + max((_depth(part, known) for part in event._parts()), default=-1)
+    return known[id(event)]
 
 
 def atoms(event: Event, relation: NeighboringRelation = "zero-out") -> dict[Atom, int]:

@@ -289,10 +289,16 @@ def _fixed_size(pair: Pair, q: float, orders: FloatArray) -> FloatArray:
     """log(A − 1) for samples of fixed size under replace-one, from the pair in `accounting.lattice`.
 
     With L the mixture's loss, its positive half gives m0·(e^{αL} − 1) and the negative one, its mirror image,
-    e^L·m0·(e^{−αL} − 1). Their sum has no terms of first order in L.
+    e^L·m0·(e^{−αL} − 1). Their sum has no terms of first order in L. At large orders, and where no
+    quadrature is at hand, it is bounded: it exceeds the Poisson sample's, m0·(e^{αL} − 1 − α(e^L − 1)), by
+    m0·(e^{(1−α)L} − 1 + (α−1)(e^L − 1)), which adds up to less than (α−1)·q times m0's distance from m1.
     """
-    near = orders <= _MOST_QUADRATURE
-    out = np.full(len(orders), np.inf)
+    whole = pair.masses(np.array([0.0, np.inf]), upper=True)
+    distance = min(1.0, float(whole.m1[0] - whole.m0[0]) + whole.only1 + _RELATIVE_SLACK)
+    poisson = _log_a_minus_1(pair, Atom(pair, "poisson", q), orders)
+    out = np.logaddexp(poisson, np.log((orders - 1) * q * distance))
+    weak = isinstance(pair, GaussianPair) and pair.scale > 0.5
+    near = orders <= (_MOST_BINOMIAL if weak else _MOST_QUADRATURE)
     if not near.any():
         return out
     top = float(orders[near].max())

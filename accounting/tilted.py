@@ -226,8 +226,11 @@ class TiltedSum:
             signed = above[i] + (error[i] if upper else -error[i]) - goal
             root = math.log(max(signed, 1e-320)) - math.log(below[i])
             root = min(max(root, float(x[i])), float(x[i + 1]))
+        elif upper:  # above the window there is nothing but the error, which falls like e^{−θx}
+            beyond = math.log(max(self.error, 1e-300)) + math.log(factor(self.tilt)) - math.log(goal)
+            root = max(float(x[-1]), beyond / self.tilt) if self.tilt > 0 else math.inf
         else:
-            root = float(x[-1] if upper else x[i])
+            root = float(x[i])
         margin = 1e-12 * (1 + abs(centre)) * (1 if upper else -1)
         found = max(0.0, centre + root + margin)
         return found, lowest <= found <= highest or (i + 1 >= len(x) and not upper)

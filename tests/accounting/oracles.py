@@ -188,12 +188,12 @@ def answers_of(noise_probability: float, answers: int, *, other_is_uniform: bool
 @functools.cache
 @precise
 def discrete_gaussian_outcomes(sigma: float, shift: int) -> Outcomes:
-    """Masses exp(−x²/2σ²) around 0 and around `shift`, to 40 deviations beyond 40 shifts.
+    """Masses exp(−x²/2σ²) around 0 and around `shift`, to 40 deviations beyond 310 shifts.
 
     Moments of order α have their weight around α shifts.
     """
     s = mp.mpf(sigma)
-    whole = range(-math.ceil(40 * sigma) - shift, math.ceil(40 * sigma) + 40 * shift + 1)
+    whole = range(-math.ceil(40 * sigma) - shift, math.ceil(40 * sigma) + 310 * shift + 1)
     weight = {x: mp.e ** (-(mp.mpf(x) ** 2) / (2 * s * s)) for x in range(whole[0] - shift, whole[-1] + 1)}
     norm = mp.fsum(weight.values())
     return [(weight[x] / norm, weight[x - shift] / norm) for x in whole]

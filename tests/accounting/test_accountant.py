@@ -25,6 +25,7 @@ from accounting import (
     UnsupportedEvent,
     UserError,
 )
+from accounting.events import atoms
 from accounting.filter import FILTER_ORDERS, RenyiFilter
 
 STEP = PoissonSampled(Gaussian(1.1), 0.01)
@@ -263,7 +264,7 @@ def test_a_plan_is_admitted_whole_or_not_at_all() -> None:
 
 def test_a_plan_beyond_the_filter_is_the_last() -> None:
     accountant = guarded()
-    assert not RenyiFilter(BUDGET).admits(accountant._counts(LARGE))
+    assert not RenyiFilter(BUDGET).admits(atoms(LARGE))
     accountant.record(LARGE)
     assert accountant.rule == "one plan by PLD"
     assert accountant.epsilon(BUDGET.delta) <= BUDGET.epsilon
@@ -305,7 +306,7 @@ def test_within_the_filter_later_events_are_admitted_until_it_is_full() -> None:
         admitted += 1
         assert accountant.rule == "Rényi filter"
     assert 2 <= admitted < 10
-    assert RenyiFilter(BUDGET).admits(accountant._counts(accountant.event))
+    assert RenyiFilter(BUDGET).admits(atoms(accountant.event))
     with pytest.raises(BudgetExceeded):
         accountant.record(SMALL)
     assert len(accountant.events) == admitted
@@ -328,7 +329,7 @@ def test_under_the_filter_what_was_not_committed_is_given_back() -> None:
 def test_while_a_reservation_is_open_all_of_it_counts() -> None:
     accountant = guarded()
     plan = Repeated(STEP, 300)
-    assert RenyiFilter(BUDGET).admits(accountant._counts(plan))
+    assert RenyiFilter(BUDGET).admits(atoms(plan))
     with accountant.reserve(plan), pytest.raises(BudgetExceeded):
         accountant.record(plan)
     assert accountant.events == (Repeated(STEP, 0),)
@@ -373,7 +374,7 @@ def test_the_filter_charges_the_union_over_its_orders() -> None:
 
 
 def test_the_filter_s_epsilon_is_the_budget_that_would_just_do() -> None:
-    counts = PrivacyAccountant()._counts(SMALL)
+    counts = atoms(SMALL)
     epsilon = RenyiFilter(BUDGET).epsilon(counts)
     assert RenyiFilter(PrivacyBudget(epsilon * (1 + 1e-9), BUDGET.delta)).admits(counts)
     assert not RenyiFilter(PrivacyBudget(epsilon * (1 - 1e-9), BUDGET.delta)).admits(counts)

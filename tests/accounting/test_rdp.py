@@ -172,6 +172,9 @@ def test_discrete_pairs_on_a_sample_of_fixed_size(pair: Pair, outcomes: Outcomes
         truth = float(mp.log(fixed_size_moment(outcomes, q, order)) / (mp.mpf(order) - 1))
         found = divergence(atom, order)
         assert truth * (1 - 1e-12) <= found <= truth * (1 + 1e-6) + 2e-9 / (order - 1)
+    for order in (100.0, 300.0):  # a bound, which is no closer than the distance of the two masses
+        truth = float(mp.log(fixed_size_moment(outcomes, q, order)) / (mp.mpf(order) - 1))
+        assert divergence(Atom(pair, "fixed-size", q), order) >= truth * (1 - 1e-12)
 
 
 def in_cells(pair: Pair, cells: int, edges: FloatArray) -> Outcomes:
