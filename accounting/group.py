@@ -9,11 +9,11 @@ from accounting.atoms import Atom, Curve, gaussian
 from accounting.curves import ConcentratedCurve
 from accounting.errors import UnsupportedEvent
 from accounting.events import check_count, merged
+from accounting.mixture import GroupGaussianPair
 from accounting.pairs import (
     BoundedRangePair,
     DiscreteGaussianPair,
     GaussianPair,
-    GroupGaussianPair,
     LaplacePair,
     Pair,
     ProductPair,

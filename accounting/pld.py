@@ -54,7 +54,8 @@ def epsilon_bounds(
     if simple is not None:
         return simple
     lower, upper = Question(counts, delta, None).bracket(tolerance)
-    if math.isinf(upper) or upper - lower > tolerance * upper:  # rarely better than what was found, and then by much
+    # Rényi's bound is rarely better than what was found, and then by much.
+    if math.isinf(upper) or upper - lower > tolerance * upper:
         upper = max(lower, min(upper, renyi_epsilon(counts, delta)))
     return lower, upper
 

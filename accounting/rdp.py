@@ -17,13 +17,13 @@ import numpy as np
 from scipy.special import gammaln, logsumexp
 
 from accounting.atoms import Atom, Curve, NoProtection
+from accounting.mixture import GroupGaussianPair
 from accounting.pairs import (
     BoundedRangePair,
     DiscreteGaussianPair,
     DiscretePair,
     FloatArray,
     GaussianPair,
-    GroupGaussianPair,
     LaplacePair,
     Pair,
     Points,

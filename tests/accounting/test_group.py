@@ -27,7 +27,7 @@ from accounting import (
     UnsupportedEvent,
     UserError,
 )
-from accounting.pairs import GroupGaussianPair
+from accounting.mixture import GroupGaussianPair
 
 
 def bounds(event: Event, size: int, delta: float = 1e-5, **options: object) -> tuple[float, float]:
