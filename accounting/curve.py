@@ -53,7 +53,9 @@ def epsilon_curve(
     if method not in ("pld", "rdp"):
         raise UserError(f"The method must be pld or rdp. Got {method!r:.80}.")
     delta = check_number(delta, "delta", "epsilon_curve()", low=0, high=1)
-    steps = [check_count(count, "steps", "epsilon_curve()") for count in steps]
+    ends = (steps[0], steps[-1]) if isinstance(steps, range) and steps else steps  # all of a range is whole
+    checked = [check_count(count, "steps", "epsilon_curve()") for count in ends]
+    steps = steps if isinstance(steps, range) else checked
     counts = atoms(step, neighboring_relation)
     if not counts or not steps:
         return [(0.0, 0.0)] * len(steps)

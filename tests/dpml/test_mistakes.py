@@ -72,7 +72,7 @@ def train(call: Call, dataset: object, *, status: int = 2, **flags: str | None) 
         ("account dpsgd --examples 10 --epochs 1 --delta 1e-5 --noise-multiplier 1", "'--batch-size'"),
         ("account dpsgd --batch-size 5 --epochs 1 --delta 1e-5 --noise-multiplier 1", "number of examples"),
         ("calibrate dpsgd", "Missing option"),
-        (f"calibrate dpsgd {PLAN}", "'--epsilon'"),
+        (f"calibrate dpsgd {PLAN}", "--epsilon"),
     ],
 )
 def test_words(call: Call, line: str, words: str) -> None:
