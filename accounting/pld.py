@@ -186,6 +186,7 @@ class Question:
         spans = [high - low for low, high in self.ranges]
         self.finest = max(max(spans) / MOST_CELLS, _NARROWEST)
         self.directions = DIRECTIONS
+        self.easier: dict[Direction, float] = {}  # directions that matter no more, and their upper bounds
         if all(atom.sampling == "fixed-size" for atom in self.counts):
             self.directions = DIRECTIONS[:1]  # replace-one has but one
 
@@ -248,6 +249,8 @@ class Question:
             spacing = atom.pair.spacing if atom.sampling == "none" and len(self.counts) == 1 else None
         if spacing is None:
             return h
+        if atom.sampling == "poisson" and h / 4 < spacing / 16 < h:  # wide cells cost the lower bound much
+            h = spacing / 16
         fitting = spacing / math.ceil(spacing / h)
         return fitting if fitting >= self.finest else h
 
@@ -263,12 +266,18 @@ class Question:
 
     def bounds(self, h: float, tilt: float) -> tuple[float, float]:
         """An upper and a lower bound from the lattices of width h."""
-        above = below = 0.0
+        above, below = max(self.easier.values(), default=0.0), 0.0
         for direction in self.directions:
+            if direction in self.easier:
+                continue
             ups, downs = self.lattices(h, direction)
             if self.epsilon is None and largest_loss(ups) <= above and infinite_mass(ups) < self.delta:
                 continue  # not the harder direction, without looking closer
-            above = max(above, self.answer(ups, tilt, upper=True))
+            found = self.answer(ups, tilt, upper=True)
+            above = max(above, found)
+            if found <= below:  # settled: the other direction is harder
+                self.easier[direction] = found
+                continue
             if direction == "remove" or below < (1 - 1e-3) * above:  # else "add" is not the harder one
                 below = max(below, self.answer(downs, tilt, upper=False))
         return above, below
