@@ -126,6 +126,8 @@ def _at_nodes(
     if question.finest > 1:
         return [alone(count) for count in nodes]
     h, _ = question.width(tolerance)
+    if len(nodes) > _FEW and all(atom.sampling == "poisson" for atom in counts):
+        h *= 2  # what is lost is less than what lies between the nodes
     families = [
         _Family([(lattice, k // most) for lattice, k in parts], delta, upper=upper)
         for i, direction in enumerate(question.directions)
