@@ -62,7 +62,6 @@ class Atom:
 
 
 Atom.NON_PRIVATE = Atom(NoProtection())
-Counts = Mapping[Atom, int]
 
 
 def gaussian(scale: float) -> Atom:

@@ -9,6 +9,7 @@ from itertools import accumulate
 import numpy as np
 
 from accounting import pld
+from accounting.accountant import METHODS, Method
 from accounting.atoms import Atom, merge_gaussians
 from accounting.errors import UserError
 from accounting.events import Event, NeighboringRelation, atoms, check_count, check_number
@@ -16,7 +17,6 @@ from accounting.pairs import FloatArray
 from accounting.rdp import log_hockey_stick_factor, rdp
 from accounting.tilted import Part, Repetition, infinite_mass, largest_loss, tilt_at
 
-Method = str
 _RATIO = 1.05  # of the numbers of steps at which the bounds are computed, where more are asked for
 _FEW = 64
 _ORDERS: FloatArray = np.concatenate(
@@ -30,7 +30,7 @@ def epsilon_curve(
     steps: Sequence[int],
     delta: float,
     *,
-    method: str = "pld",
+    method: Method = "pld",
     neighboring_relation: NeighboringRelation = "zero-out",
     tolerance: float = 0.01,
 ) -> list[tuple[float, float]]:
@@ -50,8 +50,8 @@ def epsilon_curve(
         neighboring_relation: As for `PrivacyAccountant`.
         tolerance: Relative width of the bracket where it is computed.
     """
-    if method not in ("pld", "rdp"):
-        raise UserError(f"The method must be pld or rdp. Got {method!r:.80}.")
+    if method not in METHODS:
+        raise UserError(f"The method must be {' or '.join(METHODS)}. Got {method!r:.80}.")
     delta = check_number(delta, "delta", "epsilon_curve()", low=0, high=1)
     ends = (steps[0], steps[-1]) if isinstance(steps, range) and steps else steps  # all of a range is whole
     checked = [check_count(count, "steps", "epsilon_curve()") for count in ends]

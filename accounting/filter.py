@@ -16,13 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from accounting.atoms import Atom
 from accounting.budget import PrivacyBudget
+from accounting.pairs import FloatArray
 from accounting.rdp import log_hockey_stick_factor, rdp
-
-FloatArray = npt.NDArray[np.float64]
 
 FILTER_ORDERS: FloatArray = np.array([1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 28, 40, 64, 128, 512])
 """Λ, fixed when a budget is made. Denser grids cost more δ for each order than they gain."""

@@ -23,6 +23,7 @@ data", arXiv:1610.05755; Papernot et al. 2018, "Scalable private learning with P
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,9 +33,9 @@ from scipy.special import log_ndtr, logsumexp
 
 from accounting.errors import UserError
 from accounting.events import check_count, check_number
+from accounting.pairs import FloatArray
 from accounting.rdp import ORDERS, epsilon_from_rdp
 
-FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 # The formulas below are exact to about 1e-12; bounds are raised by a thousand times that.
@@ -337,10 +338,7 @@ def diagnose_gnmax(
 ) -> DataDependentDiagnostic:
     """Return the data-dependent price of all GNMax answers together; arguments as in `gnmax_rdp`."""
     counts, alpha = check_votes(votes), check_orders(orders)
-    total = np.zeros(len(alpha))
-    for rows in _chunks(len(counts)):
-        total += gnmax_rdp(counts[rows], noise_std, alpha).sum(axis=0)
-    return DataDependentDiagnostic(alpha, total)
+    return _summed(len(counts), alpha, lambda rows: gnmax_rdp(counts[rows], noise_std, alpha))
 
 
 def diagnose_confident_gnmax(
@@ -355,12 +353,13 @@ def diagnose_confident_gnmax(
     """Return the price of all queries to Confident-GNMax; arguments as in `confident_gnmax_rdp`."""
     counts, alpha = check_votes(votes), check_orders(orders)
     passed = check_answered(answered, len(counts))
-    total = np.zeros(len(alpha))
-    for rows in _chunks(len(counts)):
-        total += confident_gnmax_rdp(
+
+    def cost(rows: slice) -> FloatArray:
+        return confident_gnmax_rdp(
             counts[rows], noise_std, threshold, threshold_std, alpha, answered=passed[rows]
-        ).sum(axis=0)
-    return DataDependentDiagnostic(alpha, total)
+        )
+
+    return _summed(len(counts), alpha, cost)
 
 
 def diagnose_lnmax(
@@ -368,12 +367,12 @@ def diagnose_lnmax(
 ) -> DataDependentDiagnostic:
     """Return the data-dependent price of all LNMax answers together; arguments as in `lnmax_rdp`."""
     counts, alpha = check_votes(votes), check_orders(orders)
-    total = np.zeros(len(alpha))
-    for rows in _chunks(len(counts)):
-        total += lnmax_rdp(counts[rows], noise_scale, alpha).sum(axis=0)
-    return DataDependentDiagnostic(alpha, total)
+    return _summed(len(counts), alpha, lambda rows: lnmax_rdp(counts[rows], noise_scale, alpha))
 
 
-def _chunks(queries: int) -> list[slice]:
-    """Rows in blocks, so that memory does not grow with queries times orders."""
-    return [slice(start, start + _CHUNK) for start in range(0, queries, _CHUNK)]
+def _summed(queries: int, orders: FloatArray, cost: Callable[[slice], FloatArray]) -> DataDependentDiagnostic:
+    """The sum of all queries' costs, by blocks of rows: memory does not grow with queries times orders."""
+    total = np.zeros(len(orders))
+    for start in range(0, queries, _CHUNK):
+        total += cost(slice(start, start + _CHUNK)).sum(axis=0)
+    return DataDependentDiagnostic(orders, total)

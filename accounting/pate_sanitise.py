@@ -38,8 +38,8 @@ from scipy.special import log_ndtr, ndtri, ndtri_exp
 
 from accounting.errors import UserError
 from accounting.events import check_number
+from accounting.pairs import FloatArray
 from accounting.pate import (
-    FloatArray,
     check_answered,
     check_noise,
     check_orders,

@@ -28,7 +28,7 @@ from accounting.tilted import Part, best_tilt, compose, infinite_mass, largest_l
 DEFAULT_TOLERANCE = 0.002
 MOST_CELLS = 2**18
 _MOST_REFINEMENTS = 6
-_WIDEST = 50.0  # e^h must not overflow
+WIDEST = 50.0  # e^h must not overflow
 _NARROWEST = 1e-10  # far above the rounding of e^h
 DIRECTIONS: tuple[Direction, ...] = ("remove", "add")
 
@@ -193,7 +193,7 @@ class Question:
     def bracket(self, tolerance: float) -> tuple[float, float]:
         """Narrow a bracket from coarse to fine."""
         lower, upper = 0.0, self.pure if self.epsilon is None else 1.0
-        if self.finest > _WIDEST:
+        if self.finest > WIDEST:
             return lower, upper
         h, tilt = self.width(tolerance)
         for _ in range(_MOST_REFINEMENTS):
@@ -218,10 +218,14 @@ class Question:
         # d log δ / dε is about −(tilt + 1) near ε.
         return min(tolerance * max((1 + tilt) * self.epsilon, 1.0), 0.2) * upper + 1e-300
 
+    def coarse_parts(self) -> list[Part]:
+        """Upper lattices that say where ε lies, and which tilt to use, and hardly cost anything."""
+        h = max(self.finest, min(self._spread() / 2, WIDEST))
+        return [(cells(atom, h, self.log_tail, "remove").upper(), k) for atom, k in self.counts.items()]
+
     def width(self, tolerance: float) -> tuple[float, float]:
         """The lattice width that should do, and the tilt, from a coarse lattice."""
-        coarse = max(self.finest, min(self._spread() / 2, _WIDEST))
-        parts = [(cells(atom, coarse, self.log_tail, "remove").upper(), k) for atom, k in self.counts.items()]
+        parts = self.coarse_parts()
         if self.epsilon is None:
             tilt, epsilon = best_tilt(parts, self.delta)
             epsilon = min(epsilon, self.pure, self.answer(parts, tilt, upper=True))
@@ -234,7 +238,7 @@ class Question:
         goal = tolerance * max(epsilon, least)
         h = math.sqrt(2.0 * goal / (self.steps * (1 + tilt)))
         widest = max(high - low for low, high in self.ranges)
-        return self.aligned(max(self.finest, min(h, widest / 64, _WIDEST))), tilt
+        return self.aligned(max(self.finest, min(h, widest / 64, WIDEST))), tilt
 
     def aligned(self, h: float) -> float:
         """`h` or somewhat less, such that the lattice suits the losses.

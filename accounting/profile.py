@@ -23,7 +23,7 @@ from accounting.errors import UnsupportedEvent, UserError
 from accounting.events import check_number, shown
 from accounting.lattice import Direction, Lattice
 from accounting.pairs import UNIT, FloatArray
-from accounting.pld import Question, _only_gaussian, delta_bounds, pure_epsilon
+from accounting.pld import WIDEST, Question, _only_gaussian, delta_bounds, pure_epsilon
 from accounting.rdp import renyi_delta
 from accounting.tilted import (
     Part,
@@ -33,7 +33,7 @@ from accounting.tilted import (
     compose,
     factor,
     infinite_mass,
-    log_moment,
+    log_renyi_delta,
     tilt_at,
 )
 
@@ -41,7 +41,6 @@ DEFAULT_TOLERANCE = 1e-3
 _MOST_REFINEMENTS = 5
 _MOST_WORK = 2**23  # points of all sums together, after which nothing is refined any more
 _LEAST_DELTA = 1e-300
-_WIDEST = 50.0  # e^h must not overflow
 _REACH = 2.5  # deviations from its mean up to which a tilted sum is expected to be precise
 _DEEPER = 8.0  # by how much less than δ, in log, the tails are cut off for
 _ROUNDING = 1e-9
@@ -178,15 +177,14 @@ class PrivacyProfile:
         for _ in range(8 if epsilon is not None else 1):
             self._least = max(delta * math.exp(-_DEEPER), _LEAST_DELTA)
             question = Question(self.counts, self._least, 0.0)
-            if question.finest > _WIDEST:
+            if question.finest > WIDEST:
                 self._coarse = []
                 return
-            coarse = max(question.finest, min(question._spread() / 2, _WIDEST))
-            self._coarse = question.lattices(coarse, "remove")[0]
+            self._coarse = question.coarse_parts()
             if epsilon is None:
                 return
             tilt = tilt_at(self._coarse, epsilon)
-            found = math.exp(min(_log_renyi_delta(self._coarse, tilt, epsilon), 0.0))
+            found = math.exp(min(log_renyi_delta(self._coarse, tilt, epsilon), 0.0))
             found += infinite_mass(self._coarse)
             if found > 0.1 * delta or delta <= _LEAST_DELTA:
                 return
@@ -219,9 +217,7 @@ class PrivacyProfile:
         # δ.
         share = self.tolerance * (1 + tilt * -math.expm1(-end)) / (1 + tilt) ** 2
         widest = max(high - low for low, high in question.ranges) / 64
-        h = question.aligned(
-            max(question.finest, min(math.sqrt(2 * share / question.steps), widest, _WIDEST))
-        )
+        h = question.aligned(max(question.finest, min(math.sqrt(2 * share / question.steps), widest, WIDEST)))
         gap, shrink, order = np.full(int(near.sum()), np.inf), 1.0, 2.5
         for _ in range(_MOST_REFINEMENTS):
             bracket = _Bracket.of(question, h, tilt, (epsilon, end))
@@ -249,12 +245,6 @@ def _checked(epsilons: npt.ArrayLike) -> FloatArray:
     if wanted.ndim != 1 or not np.isfinite(wanted).all():
         raise UserError(f"The 'epsilons' must be a list of finite numbers. Got {shown(epsilons)}.")
     return wanted
-
-
-def _log_renyi_delta(parts: list[Part], tilt: float, epsilon: float) -> float:
-    """Log of the Rényi bound on δ of order 1 + tilt."""
-    cumulant = sum(count * log_moment(lattice, tilt) for lattice, count in parts)
-    return cumulant - tilt * epsilon + math.log(factor(tilt))
 
 
 # ---------------------------------------------------------------- many ε from one tilted sum

@@ -39,22 +39,19 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 import numpy as np
-import numpy.typing as npt
 from scipy import optimize
 from scipy.special import gammaln
 
 from accounting.errors import UserError
-
-FloatArray = npt.NDArray[np.float64]
+from accounting.pairs import FloatArray
+from accounting.rdp import ORDERS
 
 LEAST_GAMMA = 1e-15
 MOST_SHAPE = 1e3
 MOST_MEAN = 1e9
 _SLACK = 1e-12  # a thousand times the rounding of the formulas below
 
-SEARCH_ORDERS: FloatArray = np.unique(
-    np.concatenate([np.arange(11, 120) / 10, np.arange(12, 65), np.rint(np.geomspace(64, 8192, 43))])
-)
+SEARCH_ORDERS: FloatArray = ORDERS[ORDERS >= 1.1]
 """Orders λ̂ that the bound is minimised over, beside the caller's own. Each of them gives a bound."""
 
 

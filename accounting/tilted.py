@@ -70,14 +70,19 @@ def log_moment(lattice: Lattice, tilt: float) -> float:
     return top + math.log(float(np.exp(exponent, out=exponent).sum()))
 
 
+def log_renyi_delta(parts: Sequence[Part], tilt: float, epsilon: float) -> float:
+    """Log of the Rényi bound on δ of order 1 + tilt (infinite mass aside)."""
+    cumulant = sum(k * log_moment(lattice, tilt) for lattice, k in parts)
+    return cumulant - tilt * epsilon + math.log(factor(tilt))
+
+
 def best_tilt(parts: Sequence[Part], delta: float) -> tuple[float, float]:
     """The tilt that gives the least Rényi bound on ε at `delta`, and that bound (infinite mass aside)."""
     log_delta = math.log(delta)
 
     def bound(log_tilt: float) -> float:
         tilt = math.exp(log_tilt)
-        cumulant = sum(k * log_moment(lattice, tilt) for lattice, k in parts)
-        return (cumulant + math.log(factor(tilt)) - log_delta) / tilt
+        return (log_renyi_delta(parts, tilt, 0.0) - log_delta) / tilt
 
     # Unimodal in θ: K(θ)/θ grows, the rest falls.
     found = optimize.minimize_scalar(bound, bounds=(-9.0, 16.0), method="bounded", options={"xatol": 0.05})
@@ -88,9 +93,7 @@ def tilt_at(parts: Sequence[Part], epsilon: float) -> float:
     """The tilt that gives the least Rényi bound on δ at `epsilon`."""
 
     def bound(log_tilt: float) -> float:
-        tilt = math.exp(log_tilt)
-        cumulant = sum(k * log_moment(lattice, tilt) for lattice, k in parts)
-        return cumulant - tilt * epsilon + math.log(factor(tilt))
+        return log_renyi_delta(parts, math.exp(log_tilt), epsilon)
 
     found = optimize.minimize_scalar(bound, bounds=(-9.0, 16.0), method="bounded", options={"xatol": 0.05})
     return math.exp(float(found.x))
