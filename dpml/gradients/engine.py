@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +21,32 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
+ClippingMode = Literal["flat", "per-layer", "automatic"]
+CLIPPING_MODES = ("flat", "per-layer", "automatic")
+
+
 @dataclass(frozen=True)
 class Clipping:
-    """Flat clipping: a gradient g is scaled by min(1, norm/‖g‖₂) (Abadi et al. 2016, Algorithm 1).
+    """How the gradient of each example is bounded. Whatever the mode, its norm is then at most `norm`.
 
     Attributes:
-        norm: The clip norm C, above 0.
+        norm: C, the sensitivity of the sum, above 0.
+        mode: "flat": a gradient g is scaled by min(1, C/‖g‖₂) (Abadi et al. 2016, Algorithm 1);
+            "per-layer": the same for each of L layers apart, with C/√L (McMahan et al. 2018), so that C
+            bounds all of them together; "automatic": g is scaled by C/(‖g‖₂ + 0.01), large or small (Bu,
+            Wang, Zha & Karypis 2022, "Automatic clipping").
     """
 
     norm: float
+    mode: ClippingMode = "flat"
 
     def __post_init__(self) -> None:
         norm = check_number(self.norm, "clip_norm", "Clipping", low=0, high=1e15)
         object.__setattr__(self, "norm", norm)
+        if self.mode not in CLIPPING_MODES:
+            raise UserError(
+                f"The clipping must be one of {', '.join(CLIPPING_MODES)}. Got {self.mode!r:.80}."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +54,18 @@ class MicroBatch:
     """A part of a sample that is processed at once.
 
     Attributes:
-        inputs: The model's argument, first dimension m.
-        targets: The loss's second argument, first dimension m.
+        inputs: The model's argument, first dimension m·views.
+        targets: The loss's second argument, first dimension m·views.
         mask: Which of the m places hold an example, bool, shape [m]. The others are padding: whatever
             stands there contributes nothing.
+        views: Rows of the same example, one after the other: its gradient is that of their mean loss, and
+            is clipped once (augmentation multiplicity, De et al. 2022).
     """
 
     inputs: Any
     targets: Tensor
     mask: Tensor
+    views: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,19 +117,20 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def example_losses(loss: Loss, outputs: Any, batch: MicroBatch) -> Tensor:
-    """The losses of a micro-batch, shape [m], checked.
+    """The losses of a micro-batch, shape [m], checked; the mean over the views of each example.
 
     Raises:
         UserError: if `loss` reduces over examples.
     """
     losses = loss(outputs, batch.targets)
-    if not isinstance(losses, Tensor) or losses.shape != batch.mask.shape:
+    rows = len(batch.mask) * batch.views
+    if not isinstance(losses, Tensor) or losses.shape != (rows,):
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise UserError(
-            f"The loss must return one value for each of the {len(batch.mask)} examples, shape "
-            f"({len(batch.mask)},); use reduction='none'. Got {shape}."
+            f"The loss must return one value for each of the {rows} examples, shape "
+            f"({rows},); use reduction='none'. Got {shape}."
         )
-    return losses
+    return losses if batch.views == 1 else losses.view(-1, batch.views).mean(dim=1)
 
 
 def plain_sum(model: nn.Module, loss: Loss, batches: Iterable[MicroBatch]) -> ClippedSum:
