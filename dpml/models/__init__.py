@@ -4,6 +4,8 @@ Each handles the examples of a batch independently of each other, and updates no
 that per-example gradients exist: no batch normalisation. Smooth, bounded activations keep
 gradients, and so the bias of clipping, small (Papernot, Thakurta, Song, Chien and Erlingsson 2020,
 "Tempered sigmoid activations for deep learning with differential privacy").
+
+Beside them, a larger one for images, "wrn-16-4", and `TransformerClassifier` for sequences of tokens.
 """
 
 import difflib
@@ -13,13 +15,16 @@ from torch import nn
 
 from accounting.errors import UserError
 from dpml.models.networks import cnn, linear, mlp
+from dpml.models.transformer import TransformerClassifier
+from dpml.models.wide_resnet import WideResNet, wrn_16_4
 
-__all__ = ["MODELS", "build"]
+__all__ = ["MODELS", "TransformerClassifier", "WideResNet", "build"]
 
 MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "cnn": cnn,
     "mlp": mlp,
     "linear": linear,
+    "wrn-16-4": wrn_16_4,
 }
 """From a name to a function of an example's shape and the number of classes. Add your own."""
 

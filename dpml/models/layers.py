@@ -27,4 +27,5 @@ class StandardizedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """From [m, in, height, width] to [m, out, height′, width′]."""
-        return self._conv_forward(x, self.gain * self.standardized()[0], self.bias)
+        out: Tensor = self._conv_forward(x, self.gain * self.standardized()[0], self.bias)
+        return out

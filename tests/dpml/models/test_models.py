@@ -24,8 +24,10 @@ IMAGES = [
     (1, 96, 96),
 ]
 FLAT = [(1,), (30,), (5, 7), (1, 3, 3), (2, 3, 4, 5)]
-ALL = [(name, shape) for name in MODELS for shape in IMAGES] + [
-    (name, shape) for name in ("mlp", "linear") for shape in FLAT
+ALL = [
+    *[(name, shape) for name in ("cnn", "mlp", "linear") for shape in IMAGES],
+    *[(name, shape) for name in ("mlp", "linear") for shape in FLAT],
+    *[("wrn-16-4", shape) for shape in [(3, 32, 32), (1, 28, 28), (1, 16, 16), (2, 17, 40)]],
 ]
 
 everywhere = pytest.mark.parametrize(("name", "shape"), ALL)
@@ -67,6 +69,7 @@ def test_every_parameter_has_a_gradient(name, shape):
         ("mlp", (1, 28, 28), 785 * 128 + 129 * 128 + 129 * 10),
         ("linear", (1, 28, 28), 7_850),
         ("linear", (30,), 310),
+        ("wrn-16-4", (3, 32, 32), 2_753_818),  # De et al. 2022
     ],
 )
 def test_number_of_parameters(name, shape, expected):
@@ -105,6 +108,8 @@ def test_shape_may_be_a_torch_size():
         (("cnn", (64,), 10), ["'cnn'", "(64,)", "mlp"]),
         (("cnn", (8, 8), 10), ["'cnn'", "(8, 8)"]),
         (("cnn", (1, 3, 8), 10), ["'cnn'", "(1, 3, 8)", "4×4"]),
+        (("wrn-16-4", (1, 15, 28), 10), ["'wrn-16-4'", "(1, 15, 28)", "16×16"]),
+        (("wrn-16-4", (64,), 10), ["'wrn-16-4'", "(64,)"]),
         (("mlp", (), 10), ["shape", "()"]),
         (("mlp", (0, 3), 10), ["shape", "(0, 3)"]),
         (("mlp", (2.0,), 10), ["shape", "(2.0,)"]),
