@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from dpml.data import load
     from dpml.data.batches import Examples
     from dpml.data.samplers import PoissonSampler
-    from dpml.dpsgd import TrainingResult, run_dpsgd, train_dpsgd
+    from dpml.dpsgd import run_dpsgd, train_dpsgd
     from dpml.gradients import Clipping, OpacusEngine, cross_entropy
     from dpml.mechanism import SampledGaussianMechanism, set_gradients
     from dpml.models import build
     from dpml.noise import GaussianNoise
     from dpml.randomness import Randomness
+    from dpml.report import TrainingResult
 
 _HOMES = {
     "BudgetExceeded": "accounting",
@@ -47,7 +48,7 @@ _HOMES = {
     "Randomness": "dpml.randomness",
     "Repeated": "accounting",
     "SampledGaussianMechanism": "dpml.mechanism",
-    "TrainingResult": "dpml.dpsgd",
+    "TrainingResult": "dpml.report",
     "UserError": "accounting",
     "build": "dpml.models",
     "calibrate_noise_multiplier": "accounting",

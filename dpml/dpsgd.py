@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from accounting import (
     Event,
     NonPrivate,
     PrivacyAccountant,
-    Repeated,
-    Reservation,
     UserError,
     calibrate_noise_multiplier,
 )
-from accounting.curve import epsilon_curve
-from accounting.statement import PrivacyFacts, Risk, statement
 from dpml import models
 from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.data import LabeledData, load
@@ -36,42 +29,13 @@ from dpml.gradients.engine import plain_sum, trainable_parameters
 from dpml.gradients.models import make_trainable, require_example_losses, require_trainable
 from dpml.mechanism import SampledGaussianMechanism, set_gradients
 from dpml.noise import GaussianNoise
-from dpml.outputs import SUMMARY_VERSION, RunFolder, events_record
+from dpml.outputs import RunFolder
 from dpml.planning import SamplingPlan
 from dpml.randomness import Randomness
-from dpml.tracking import Stopwatch, TensorBoard, Tracker
+from dpml.report import Report, Status, TrainingResult
+from dpml.tracking import TensorBoard, Tracker
 
-Status = Literal["completed", "stopped", "diverged"]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-_CURVE_POINTS = 40
-_EVALUATIONS = 20
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingResult:
-    """What a run gave.
-
-    Attributes:
-        model: The trained model (a copy of yours if it had to be fixed).
-        status: "completed", "stopped" (by an interrupt) or "diverged" (weights are not finite).
-        summary: The content of `summary.json`.
-        statement: The privacy statement in Markdown.
-        planned: The event of the whole plan.
-        committed: The event of what was released.
-    """
-
-    model: nn.Module
-    status: Status
-    summary: dict[str, Any]
-    statement: str
-    planned: Event
-    committed: Event
-
-    @property
-    def epsilon(self) -> float:
-        """The guarantee: an upper bound on ε for the whole plan; infinite without privacy."""
-        value = self.summary["epsilon"]
-        return math.inf if value is None else float(value)
 
 
 def run_dpsgd(
@@ -176,7 +140,7 @@ def train_dpsgd(
     accountant = PrivacyAccountant(
         config.accountant, budget=config.budget, neighboring_relation=sampling.neighboring_relation
     )
-    report = _Report(config, sampling, mechanism, plan, folder, trackers, test_set)
+    report = Report(config, sampling, mechanism, plan, folder, trackers, test_set)
     status: Status = "completed"
     layers = _random(config, "layers")
     devices = [device] if device.type == "cuda" else []
@@ -224,220 +188,6 @@ def _mechanism(
         )
     noise = GaussianNoise(noise_multiplier, _random(config, "noise"))
     return SampledGaussianMechanism(sampler, Clipping(config.clip_norm), noise, engine)
-
-
-class _Report:
-    """Tells trackers and the output folder what happens. It reads a run and never changes it."""
-
-    def __init__(
-        self,
-        config: DPSGDConfig,
-        sampling: SamplingPlan,
-        mechanism: SampledGaussianMechanism | None,
-        plan: Event,
-        folder: RunFolder | None,
-        trackers: Sequence[Tracker],
-        test_set: Any,
-    ) -> None:
-        self.config, self.sampling, self.mechanism, self.plan = config, sampling, mechanism, plan
-        self.folder, self.trackers, self.test_set = folder, trackers, test_set
-        self.training = Stopwatch()
-        self.accuracy: float | None = None
-        self.steps = 0
-        every = math.ceil(sampling.steps / _CURVE_POINTS)
-        self._curve: dict[int, tuple[float, float]] = {}
-        self._plan_bounds: tuple[float, float] | None = None
-        self._log_steps = {*range(every, sampling.steps + 1, every), 1, sampling.steps}
-        epoch = max(1, round(1 / sampling.sampling_probability))
-        self._evaluate_every = max(epoch, math.ceil(sampling.steps / _EVALUATIONS))
-
-    def start(self, reservation: Reservation) -> None:
-        """Write down the plan before the first release."""
-        if self.mechanism is not None and self.config.delta is not None:
-            self._plan_bounds = self._bounds(self.plan)
-            points = sorted(self._log_steps)
-            bounds = epsilon_curve(
-                reservation.step,
-                points,
-                self.config.delta,
-                method=self.config.accountant,
-                neighboring_relation=self.sampling.neighboring_relation,
-            )
-            # The curve is made on a coarser lattice; no part of the plan costs more than the plan.
-            ceiling = self._plan_bounds[1]
-            self._curve = {
-                k: (lower, min(upper, ceiling)) for k, (lower, upper) in zip(points, bounds, strict=True)
-            }
-        self._write_events(Repeated(self.plan, 0), "running")
-        settings = {**asdict(self.config), **asdict(self.sampling), "planned_steps": self.sampling.steps}
-        if self.mechanism is None:
-            settings |= {"clip_norm": None, "neighboring_relation": None}
-        else:
-            settings["noise_multiplier"] = self.mechanism.noise.noise_multiplier
-        for tracker in self.trackers:
-            tracker.start(self.sampling.steps, settings)
-
-    def step(self, step: int, model: nn.Module, diagnostics: dict[str, float]) -> bool:
-        """Report a step that was released. False if the weights are not finite any more."""
-        self.steps = step
-        values: dict[str, float] = {}
-        if step in self._log_steps:
-            if step in self._curve:
-                values["privacy/epsilon_lower"], values["privacy/epsilon"] = self._curve[step]
-            done = step * self.sampling.expected_batch_size
-            values["speed/examples_per_second"] = done / max(self.training.seconds, 1e-9)
-        finite = True
-        last = step == self.sampling.steps
-        if step % self._evaluate_every == 0 or last:
-            finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
-            self.accuracy = accuracy(model, self.test_set) if self.test_set is not None else None
-            if self.accuracy is not None:
-                values["test/accuracy"] = self.accuracy
-        for tracker in self.trackers:
-            if values:
-                tracker.scalars(step, values)
-            if self.config.log_not_private and diagnostics and step in self._log_steps:
-                tracker.not_private(step, _averages(diagnostics))
-        return finite
-
-    def finish(
-        self, model: nn.Module, status: Status, committed: Event, *, name: str, test_set_is_public: bool
-    ) -> TrainingResult:
-        """Write all results, of a stopped run too."""
-        if status != "completed" and self.test_set is not None:
-            self.accuracy = accuracy(model, self.test_set)
-        summary = self._summary(status, committed, name)
-        text = self._statement(summary, test_set_is_public)
-        if self.folder is not None:
-            self.folder.write_model("model.safetensors", model)
-            self._write_events(committed, status)
-            self.folder.write_text("statement.md", text)
-            self.folder.write_json("summary.json", summary)
-        for tracker in self.trackers:
-            tracker.finish()
-        return TrainingResult(model, status, summary, text, self.plan, committed)
-
-    def _write_events(self, committed: Event, status: str) -> None:
-        if self.folder is not None:
-            record = events_record(
-                planned=self.plan,
-                committed=committed,
-                relation=self.sampling.neighboring_relation,
-                accountant=self.config.accountant,
-                status=status,
-            )
-            self.folder.write_json("privacy_events.json", record)
-
-    def _summary(self, status: Status, committed: Event, name: str) -> dict[str, Any]:
-        config, sampling, mechanism = self.config, self.sampling, self.mechanism
-        lower = upper = spent = None
-        if self._plan_bounds is not None:
-            lower, upper = self._plan_bounds
-            spent = upper if committed == self.plan else self._bounds(committed)[1]
-        private = mechanism is not None
-        return {
-            "schema_version": SUMMARY_VERSION,
-            "status": status,
-            "method": "dpsgd",
-            "dataset": name,
-            "epsilon": upper,
-            "epsilon_lower": lower,
-            "epsilon_spent": spent,
-            "target_epsilon": config.epsilon,
-            "delta": config.delta if private else None,
-            "accountant": config.accountant if private else None,
-            "neighboring_relation": sampling.neighboring_relation if private else None,
-            "privacy_unit": "record" if private else None,
-            "n_is_public": sampling.n_is_public if private else None,
-            "noise_multiplier": mechanism.noise.noise_multiplier if mechanism else None,
-            "clip_norm": config.clip_norm if private else None,
-            "sampler": "poisson",
-            "sampling_probability": sampling.sampling_probability,
-            "expected_batch_size": sampling.expected_batch_size,
-            "steps": self.steps if mechanism is None else _parts(committed),
-            "planned_steps": sampling.steps,
-            "test_accuracy": self.accuracy,
-            "train_seconds": self.training.seconds,
-            "seed": config.seed,
-            "noise_is_secret": _is_secret(mechanism),
-            "sensitivity_slack": mechanism.engine.slack if mechanism else None,
-            "selection_epsilon": None,
-            "config": asdict(config),
-            "versions": {
-                "python": platform.python_version(),
-                **{package: version(package) for package in ("dpml", "torch", "opacus", "numpy", "scipy")},
-            },
-        }
-
-    def _bounds(self, event: Event) -> tuple[float, float]:
-        assert self.config.delta is not None  # noqa: S101 - private runs have one
-        accountant = PrivacyAccountant(
-            self.config.accountant, neighboring_relation=self.sampling.neighboring_relation
-        )
-        accountant.record(event)
-        return accountant.epsilon_bounds(self.config.delta)
-
-    def _statement(self, summary: dict[str, Any], test_set_is_public: bool) -> str:
-        if self.mechanism is None:
-            return (
-                "# No privacy\n\nThis model was trained without differential privacy (`non_private`). "
-                "It protects no record of the training set.\n"
-            )
-        copied = (
-            "dataset status epsilon epsilon_lower epsilon_spent delta accountant noise_multiplier clip_norm "
-            "n_is_public sensitivity_slack sampling_probability expected_batch_size planned_steps steps "
-            "noise_is_secret"
-        )
-        return statement(
-            PrivacyFacts(
-                method="DP-SGD",
-                relation=self.sampling.neighboring_relation,
-                risk=Risk.of(self.plan, summary["delta"], self.sampling.neighboring_relation),
-                test_set_is_public=test_set_is_public,
-                not_private_logs=self.config.log_not_private,
-                **{key: summary[key] for key in copied.split()},
-            )
-        )
-
-
-def accuracy(model: nn.Module, test_set: Any) -> float:
-    """The share of `test_set` whose largest output is at the target class."""
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    right = total = 0
-    chunks = (
-        zip(*(torch.split(tensor, 1000) for tensor in test_set.tensors), strict=True)
-        if isinstance(test_set, TensorDataset)
-        else DataLoader(test_set, batch_size=1000)
-    )
-    with torch.no_grad():
-        for inputs, targets in chunks:
-            right += int((model(inputs.to(device)).argmax(dim=1).cpu() == targets).sum())
-            total += len(targets)
-    model.train(training)
-    return right / max(1, total)
-
-
-def _averages(diagnostics: dict[str, float]) -> dict[str, float]:
-    count = max(1.0, diagnostics["examples"])
-    return {
-        "train_loss": diagnostics["loss_sum"] / count,
-        "gradient_norm": diagnostics["norm_sum"] / count,
-        "clipped_share": diagnostics["clipped"] / count,
-        "non_finite_examples": diagnostics["non_finite"],
-        "realised_batch_size": diagnostics["examples"],
-    }
-
-
-def _parts(committed: Event) -> int:
-    return committed.count if isinstance(committed, Repeated) else 1
-
-
-def _is_secret(mechanism: SampledGaussianMechanism | None) -> bool | None:
-    if mechanism is None:
-        return None
-    return mechanism.noise.randomness.is_secret and mechanism.sampler.randomness.is_secret
 
 
 def _model_name(run: DPSGDRun, data: LabeledData) -> str:

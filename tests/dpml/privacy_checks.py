@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from accounting import Event, Gaussian, PoissonSampled, PrivacyAccountant, Repeated, Reservation
 from dpml.config import DPSGDConfig
-from dpml.dpsgd import TrainingResult, train_dpsgd
+from dpml.dpsgd import train_dpsgd
 from dpml.mechanism import SampledGaussianMechanism
 from dpml.randomness import Randomness
+from dpml.report import TrainingResult
 
 ALPHA = 1e-11
 RECORDS = 40
@@ -119,7 +120,7 @@ def observe(*, interrupt_at: int | None = None, **settings: Any) -> Observation:
     with pytest.MonkeyPatch.context() as patch:
         _record_seams(seen, patch)
         # ε along the way is for display, and half of the time.
-        patch.setattr("dpml.dpsgd.epsilon_curve", lambda _, points, *__, **___: [(0.0, 0.0)] * len(points))
+        patch.setattr("dpml.report.epsilon_curve", lambda _, points, *__, **___: [(0.0, 0.0)] * len(points))
         seen.result = train_dpsgd(
             TwoWeights(),
             Records(seen),

@@ -13,7 +13,8 @@ from torch.utils.data import TensorDataset
 
 from accounting import PrivacyAccountant, UnreachableBudget, UserError
 from dpml.config import DPSGDConfig, DPSGDRun
-from dpml.dpsgd import TrainingResult, accuracy, run_dpsgd, train_dpsgd
+from dpml.dpsgd import run_dpsgd, train_dpsgd
+from dpml.report import TrainingResult, accuracy
 
 
 class Rows:

@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 
 from accounting import Gaussian, PoissonSampled, PrivacyAccountant, Repeated, UserError
 from dpml import data, models
-from dpml.dpsgd import accuracy
 from dpml.outputs import RunFolder, events_record, read_events
+from dpml.report import accuracy
 
 Call = Callable[..., Any]
 KEYS = {
