@@ -62,6 +62,7 @@ class PrivacyFacts:
         risk: What an attacker can do at best.
         test_set_is_public: Whether the test set is that of a public benchmark.
         not_private_logs: Whether private figures were logged beside the results.
+        clip_quantile: The quantile that the clip norm followed by noisy counts; None if it was fixed.
     """
 
     dataset: str
@@ -85,6 +86,7 @@ class PrivacyFacts:
     risk: Risk
     test_set_is_public: bool
     not_private_logs: bool
+    clip_quantile: float | None = None
 
 
 _RELATIONS: dict[NeighboringRelation, str] = {
@@ -131,6 +133,18 @@ def statement(facts: PrivacyFacts) -> str:
         if f.relation == "add-or-remove-one"
         else ""
     )
+    if f.clip_quantile is None:
+        releases, adapts, norms = "the sum of clipped gradients", "", ""
+    else:
+        releases = "the sum of clipped gradients, and on the number of those below the clip norm,"
+        adapts = f" (the first clip norm; it then follows the quantile {f.clip_quantile:g})"
+        norms = " and the clip norm"
+        rounding += (
+            " Nor is such rounding covered where it takes a gradient's norm across the clip norm, and so moves "
+            "the count."
+            if f.relation == "add-or-remove-one"
+            else ""
+        )
     return f"""# Privacy statement
 
 {warning}The model trained on `{f.dataset}` by {f.method} satisfies **(ε, δ)-differential privacy with ε = \
@@ -142,15 +156,15 @@ can hardly tell whether or how one record took part. Any event is at most e^ε �
 likely with the record as without it, up to δ.
 - **What is public**: {size}the form of a record (shape, number of classes), and every setting in \
 `summary.json`.{hidden}
-- **What is covered**: the weights after every step. {test}
+- **What is covered**: the weights{norms} after every step. {test}
 - **What is not covered**: records that appear several times or belong to the same person (protection weakens \
 with the number of such records); choices made by looking at the private data, such as hyperparameters tuned on \
 it; timing and memory use.{rounding}{logs}
 
 | | |
 | --- | --- |
-| mechanism | Gaussian noise on the sum of clipped gradients of a Poisson sample |
-| clip norm, noise multiplier | {f.clip_norm:g}, {f.noise_multiplier:.6g} |
+| mechanism | Gaussian noise on {releases} of a Poisson sample |
+| clip norm, noise multiplier | {f.clip_norm:g}, {f.noise_multiplier:.6g}{adapts} |
 | sampling probability | {f.sampling_probability:.6g} (expected batch size {f.expected_batch_size:g}) |
 | steps planned, released | {f.planned_steps:,}, {f.steps:,} |
 | slack of the clipping, charged | {f.sensitivity_slack:g} |

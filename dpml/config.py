@@ -15,7 +15,9 @@ from accounting.accountant import METHODS
 from accounting.events import check_count, check_number, check_relation
 
 Device = Literal["auto", "cpu", "cuda"]
+ClippingMode = Literal["flat", "per-layer", "automatic"]
 Schedule = Literal["constant", "linear", "trapezoidal"]
+CLIPPING_MODES: tuple[ClippingMode, ...] = get_args(ClippingMode)
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
@@ -43,6 +45,13 @@ class DPSGDConfig:
     add-or-remove-one. By default zero-out, or add-or-remove-one if a sampling probability is given."""
     clip_norm: float = 1.0
     """Clip norm C: the L2 norm to which each example's gradient is cut."""
+    clipping: ClippingMode = "flat"
+    """How it is cut: flat (the gradient as a whole), per-layer (each of L layers to C/√L), or automatic
+    (scaled to just below C, large or small). Its norm is then at most C in each case."""
+    clip_quantile: float | None = None
+    """Let the clip norm adapt: it starts at C and moves towards this quantile of the gradient norms, by a
+    noisy count in every step. Its noise is a twentieth of the batch size, or 2.5 noise multipliers if that
+    is more; ε covers it. For flat clipping."""
     learning_rate: float = 0.5
     """Learning rate of stochastic gradient descent."""
     schedule: Schedule = "constant"
@@ -74,6 +83,7 @@ class DPSGDConfig:
         if self.neighboring_relation is not None:
             check_relation(self.neighboring_relation)
         _number(self, "clip_norm", high=1e12)
+        _number(self, "clip_quantile", high=1)
         _number(self, "learning_rate", high=1e12)
         _number(self, "momentum", high=1, closed="left")
         _count(self, "micro_batch_size", low=1)
@@ -83,6 +93,15 @@ class DPSGDConfig:
         _switch(self, "log_not_private")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"The device must be auto, cpu or cuda. Got {self.device!r}.")
+        if self.clipping not in CLIPPING_MODES:
+            raise UserError(
+                f"The clipping must be one of {', '.join(CLIPPING_MODES)}. Got {self.clipping!r}."
+            )
+        if self.clip_quantile is not None and self.clipping != "flat":
+            raise UserError(
+                f"A clip_quantile needs flat clipping: there is no one norm to adapt in {self.clipping} "
+                "clipping. Leave out one of the two."
+            )
         if self.schedule not in SCHEDULES:
             raise UserError(f"The schedule must be one of {', '.join(SCHEDULES)}. Got {self.schedule!r}.")
         if self.accountant not in METHODS:

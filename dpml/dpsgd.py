@@ -20,6 +20,7 @@ from accounting import (
     calibrate_noise_multiplier,
 )
 from dpml import models
+from dpml.adaptive import AdaptiveClipping
 from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.data import LabeledData, load
 from dpml.data.batches import Examples
@@ -30,7 +31,7 @@ from dpml.gradients.models import make_trainable, require_example_losses, requir
 from dpml.mechanism import SampledGaussianMechanism, set_gradients
 from dpml.noise import GaussianNoise
 from dpml.outputs import RunFolder
-from dpml.planning import SamplingPlan
+from dpml.planning import SamplingPlan, count_noise
 from dpml.randomness import Randomness
 from dpml.report import Report, Status, TrainingResult
 from dpml.tracking import TensorBoard, Tracker
@@ -113,9 +114,10 @@ def train_dpsgd(
         sampling_probability=config.sampling_probability,
         neighboring_relation=config.neighboring_relation,
     )
-    engine = OpacusEngine()
+    engine: Engine = OpacusEngine()
     model = (make_trainable(model) if fix_model else model).to(device).train()
     if not config.non_private:
+        _require_support(engine, config)
         inputs, targets = examples.probe()
         require_trainable(model, inputs, engine)
         require_example_losses(model, loss, inputs, targets)
@@ -173,21 +175,33 @@ def train_dpsgd(
         return report.finish(model, status, committed, name=name, test_set_is_public=test_set_is_public)
 
 
+def _require_support(engine: Engine, config: DPSGDConfig) -> None:
+    if isinstance(engine, OpacusEngine) and config.clipping != "flat":
+        raise UserError(
+            f"{config.clipping.capitalize()} clipping is not supported by the Opacus engine; use flat."
+        )
+
+
 def _mechanism(
     config: DPSGDConfig, sampling: SamplingPlan, sampler: PoissonSampler, engine: Engine
 ) -> SampledGaussianMechanism:
     """The mechanism of each step, its noise calibrated to the budget if there is one."""
-    noise_multiplier = config.noise_multiplier
+    noise_multiplier, adaptive = config.noise_multiplier, config.clip_quantile is not None
     if noise_multiplier is None:
         assert config.budget is not None  # noqa: S101 - the configuration has checked it
         noise_multiplier = calibrate_noise_multiplier(
-            lambda noise: sampling.event(noise, engine.slack),
+            lambda noise: sampling.event(noise, engine.slack, adaptive_clip=adaptive),
             config.budget,
             method=config.accountant,
             neighboring_relation=sampling.neighboring_relation,
         )
     noise = GaussianNoise(noise_multiplier, _random(config, "noise"))
-    return SampledGaussianMechanism(sampler, Clipping(config.clip_norm), noise, engine)
+    clipping: Clipping | AdaptiveClipping = Clipping(config.clip_norm, config.clipping)
+    if config.clip_quantile is not None:
+        batch_size = sampling.expected_batch_size
+        deviation = count_noise(noise_multiplier, batch_size)
+        clipping = AdaptiveClipping(config.clip_norm, config.clip_quantile, batch_size, deviation)
+    return SampledGaussianMechanism(sampler, clipping, noise, engine)
 
 
 def _model_name(run: DPSGDRun, data: LabeledData) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from accounting import Event, Repeated, Reservation, UserError
+from accounting import Composed, Event, Repeated, Reservation, UserError
+from dpml.adaptive import AdaptiveClipping
 from dpml.data.samplers import PoissonSampler
 from dpml.gradients.engine import ClippedSum, Clipping, Engine, Loss, MicroBatch
 from dpml.noise import GaussianNoise
@@ -24,24 +25,28 @@ class SampledGaussianMechanism:
 
     Guarantee: `release` returns the sum plus N(0, (noise_multiplier·C)²) in every coordinate, after
     committing to the reservation; one record moves the sum by at most C·(1 + slack) under zero-out or
-    add-or-remove-one. `event` states just that.
+    add-or-remove-one. `event` states just that. With an adaptive clip norm, which is public, C is the norm
+    of the step, and the same commit covers the count that moves it.
 
     Attributes:
         sampler: Draws each step's sample.
-        clipping: Bounds each example's gradient.
+        clipping: Bounds each example's gradient, by a norm that is fixed or adapts.
         noise: The noise and its randomness.
         engine: Computes the clipped sums, and states its slack.
     """
 
     sampler: PoissonSampler
-    clipping: Clipping
+    clipping: Clipping | AdaptiveClipping
     noise: GaussianNoise
     engine: Engine
 
     @property
     def event(self) -> Event:
         """The event of one step. The noise multiplier is that over the sensitivity, slack included."""
-        return self.sampler.event(gaussian_event(self.noise.noise_multiplier, self.engine.slack))
+        release: Event = gaussian_event(self.noise.noise_multiplier, self.engine.slack)
+        if isinstance(self.clipping, AdaptiveClipping):
+            release = Composed([release, self.clipping.event])  # of one and the same sample
+        return self.sampler.event(release)
 
     def plan(self, steps: int) -> Repeated:
         """The event of `steps` steps."""
@@ -49,11 +54,14 @@ class SampledGaussianMechanism:
 
     def clipped_sum(self, model: nn.Module, loss: Loss, batches: Iterable[MicroBatch]) -> ClippedSum:
         """The sum over the sample in `batches`, before noise."""
-        clipped = self.engine.clipped_sum(model, loss, batches, self.clipping)
+        clipping = Clipping(self.clipping.norm, self.clipping.mode)
+        clipped = self.engine.clipped_sum(model, loss, batches, clipping)
         if clipped.slack > self.engine.slack:
             raise RuntimeError(
                 f"The engine exceeded its slack, {clipped.slack:g} > {self.engine.slack:g}: no release."
             )
+        if isinstance(self.clipping, AdaptiveClipping):
+            self.clipping.watch(clipped)
         return clipped
 
     def release(self, clipped: ClippedSum, reservation: Reservation) -> list[Tensor]:
@@ -61,14 +69,18 @@ class SampledGaussianMechanism:
 
         Raises:
             ReservationError: if the reservation does not allow another step; no noise is drawn then.
+            UserError: if the reservation is for something else, or the clip norm has adapted since.
         """
         if reservation.step != self.event:
             raise UserError(
                 f"The reservation is for {reservation.step}, but this mechanism runs {self.event}; "
                 "reserve mechanism.plan(steps)."
             )
+        count = self.clipping.count(clipped) if isinstance(self.clipping, AdaptiveClipping) else 0.0
         reservation.commit(1)
         noises = self.noise.draw([g.shape for g in clipped.gradients], self.clipping.norm)
+        if isinstance(self.clipping, AdaptiveClipping):
+            self.clipping.update(count, self.noise.randomness)
         return [
             gradient + noise.to(gradient.device)
             for gradient, noise in zip(clipped.gradients, noises, strict=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from accounting import Gaussian, NeighboringRelation, PoissonSampled, Repeated, UserError
+from accounting import Composed, Event, Gaussian, NeighboringRelation, PoissonSampled, Repeated, UserError
 from accounting.events import check_count, check_number
 
 ENGINE_SLACK = 1e-5
@@ -19,6 +19,20 @@ def gaussian_event(noise_multiplier: float, slack: float = ENGINE_SLACK) -> Gaus
     """Gaussian noise for a sensitivity of C·(1 + slack), where the multiplier is over C."""
     slack = check_number(slack, "slack", "an engine", low=0, high=1, closed="both")
     return Gaussian(noise_multiplier / (1 + slack))
+
+
+def count_noise(noise_multiplier: float, expected_batch_size: int) -> float:
+    """Standard deviation of the noise on an adaptive clip norm's count, beside gradients of this noise.
+
+    B/20 as in Andrew et al. 2021, and 2.5 times the noise multiplier of the gradients where that is more:
+    so the count never costs more than 2 % less noise on the gradients would.
+    """
+    return max(expected_batch_size / 20, 2.5 * noise_multiplier)
+
+
+def count_event(deviation: float) -> Gaussian:
+    """Noise of this standard deviation on a sum of terms of ±1/2, one for each record of the sample."""
+    return Gaussian(deviation / 0.5)
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,15 @@ class SamplingPlan:
             raise UserError(f"{epochs:g} epochs make no step of {batch_size} examples; give more epochs.")
         return cls(q, steps, batch_size, relation, n_is_public)
 
-    def event(self, noise_multiplier: float, slack: float = ENGINE_SLACK) -> Repeated:
-        """The event of the whole run with this noise."""
-        release = gaussian_event(noise_multiplier, slack)
+    def event(
+        self, noise_multiplier: float, slack: float = ENGINE_SLACK, *, adaptive_clip: bool = False
+    ) -> Repeated:
+        """The event of the whole run with this noise on the gradients.
+
+        With an adaptive clip norm each sample is released twice, as noisy gradients and as a noisy count.
+        """
+        release: Event = gaussian_event(noise_multiplier, slack)
+        if adaptive_clip:
+            count = count_event(count_noise(noise_multiplier, self.expected_batch_size))
+            release = Composed([release, count])
         return Repeated(PoissonSampled(release, self.sampling_probability), self.steps)

@@ -114,6 +114,8 @@ class Report:
                 values["privacy/epsilon_lower"], values["privacy/epsilon"] = self._curve[step]
             done = step * self.sampling.expected_batch_size
             values["speed/examples_per_second"] = done / max(self.training.seconds, 1e-9)
+            if self.mechanism is not None and self.config.clip_quantile is not None:
+                values["privacy/clip_norm"] = self.mechanism.clipping.norm  # moved by noisy counts alone
         finite = True
         last = step == self.sampling.steps
         if step % self._evaluate_every == 0 or last:
@@ -223,6 +225,7 @@ class Report:
                 risk=Risk.of(self.plan, summary["delta"], self.sampling.neighboring_relation),
                 test_set_is_public=test_set_is_public,
                 not_private_logs=self.config.log_not_private,
+                clip_quantile=self.config.clip_quantile,
                 **{key: summary[key] for key in copied.split()},
             )
         )

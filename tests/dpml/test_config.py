@@ -1,12 +1,13 @@
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from accounting import PrivacyBudget, UserError
-from dpml.config import DPSGDConfig, DPSGDRun
+from dpml.config import CLIPPING_MODES, DPSGDConfig, DPSGDRun
+from dpml.gradients import engine
 
 NOISE: dict[str, Any] = {"noise_multiplier": 1.0, "delta": 1e-5}
 
@@ -52,6 +53,11 @@ def test_numbers_become_python_s_own(name: str, value: Any) -> None:
         ("device", "tpu"),
         ("schedule", "cosine"),
         ("accountant", "gdp"),
+        ("clipping", "per-example"),
+        ("clipping", None),
+        ("clip_quantile", 0.0),
+        ("clip_quantile", 1.0),
+        ("clip_quantile", "0.5"),
         ("neighboring_relation", "same"),
         ("delta", "1e-5"),
         ("noise_multiplier", "1"),
@@ -87,6 +93,11 @@ def test_budget() -> None:
     assert DPSGDConfig(non_private=True).budget is None
 
 
+def test_the_command_offers_what_engines_are_asked_for() -> None:
+    # Written twice, because the command must not import torch before it knows what is wanted.
+    assert engine.CLIPPING_MODES == CLIPPING_MODES == get_args(engine.ClippingMode)
+
+
 def test_frozen_and_by_name_alone() -> None:
     config: Any = DPSGDConfig(**NOISE)
     with pytest.raises(AttributeError):
@@ -100,5 +111,5 @@ def test_only_wishes_and_derived_settings_are_optional() -> None:
     optional = {field.name for field in fields(DPSGDRun) if field.default is None}
     assert optional == {
         *("epsilon", "delta", "noise_multiplier", "sampling_probability", "neighboring_relation"),
-        *("insecure_noise_seed", "classes", "image_size"),
+        *("insecure_noise_seed", "classes", "image_size", "clip_quantile"),
     }
