@@ -5,11 +5,13 @@ their clipped gradients. It states the slack of its arithmetic: one example move
 most C·(1 + slack) in L2 norm, and the event is charged with that.
 """
 
+from dpml.gradients.book_keeping import BookKeepingEngine
 from dpml.gradients.engine import ClippedSum, Clipping, Engine, Loss, MicroBatch, cross_entropy
 from dpml.gradients.models import make_trainable, require_trainable
 from dpml.gradients.opacus_engine import OpacusEngine
 
 __all__ = [
+    "BookKeepingEngine",
     "ClippedSum",
     "Clipping",
     "Engine",

@@ -1,0 +1,297 @@
+"""dpml's engine: clipped sums by book-keeping, at about the price of plain training.
+
+One forward pass, one backward pass for the gradients of the layers' outputs alone. From inputs and output
+gradients follow the norms, and then each layer's weighted sum, without a second backward pass (Bu, Wang,
+Zha & Karypis 2023, "Differentially private optimization on large model at small cost").
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from accounting.errors import UserError
+from dpml.gradients import native
+from dpml.gradients.engine import (
+    ClippedSum,
+    Clipping,
+    Loss,
+    MicroBatch,
+    example_losses,
+    trainable_parameters,
+)
+from dpml.gradients.per_example import Outer, PerExample, Rows, sum_of
+from dpml.gradients.rules import per_example, trained
+from dpml.planning import ENGINE_SLACK
+
+_STABILISER = 0.01  # of automatic clipping
+_TINY = 1e-15  # below, squares in float32 might vanish
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One application of a layer: its inputs, and where to find, then, the gradients of its outputs."""
+
+    layer: nn.Module
+    x: Tensor
+    edge: GradientEdge
+    g: Tensor | None = None
+
+    def rows(self, chosen: Tensor) -> _Call:
+        """Some of the rows, in float64."""
+        x, g = self.x[chosen], self.g[chosen] if self.g is not None else None
+        return replace(
+            self, x=x.double() if x.is_floating_point() else x, g=None if g is None else g.double()
+        )
+
+    def without(self, dropped: Tensor) -> _Call:
+        """Zeros in some of the rows."""
+
+        def cleaned(t: Tensor) -> Tensor:
+            copy = torch.empty_like(t, memory_format=torch.preserve_format).copy_(t)
+            copy[dropped] = 0
+            return copy
+
+        return replace(self, x=cleaned(self.x), g=None if self.g is None else cleaned(self.g))
+
+
+class BookKeepingEngine:
+    """Computes clipped sums from the inputs and the output gradients of each layer (`rules.py`).
+
+    Slack: one example moves the sum by at most C·(1 + 1e-5). Norm and sum are taken from the same numbers, or
+    the norm is raised by what rounding may make of the difference (`per_example.py`). At most 128 examples
+    are added in float32 before they are added in float64. What rounding then leaves points nowhere in
+    particular, so it adds to the sensitivity in squares: below 1e-6·C for ordinary networks.
+
+    Attributes:
+        slack: 1e-5.
+        use_kernel: Whether to use the compiled kernel, where there is one.
+    """
+
+    slack = ENGINE_SLACK
+
+    def __init__(self, *, use_kernel: bool = True) -> None:
+        self.use_kernel = use_kernel
+
+    def clipped_sum(
+        self, model: nn.Module, loss: Loss, batches: Iterable[MicroBatch], clipping: Clipping
+    ) -> ClippedSum:
+        """Sum the clipped gradients of all examples; see `Engine.clipped_sum`."""
+        sums = _Sums(model, clipping, self.use_kernel and native.kernel() is not None)
+        counts: Counter[str] = Counter(examples=0, clipped=0, non_finite=0)
+        means = {"loss_sum": 0.0, "norm_sum": 0.0}
+        with _recorded(model) as recorder:
+            for batch in batches:
+                with torch.enable_grad():
+                    recorder.on = True
+                    losses = example_losses(loss, model(_channels_last(batch.inputs)), batch)
+                    recorder.on = False
+                    # Padding and non-finite losses are selected away: a product with zero would keep NaN.
+                    counted = batch.mask & torch.isfinite(losses.detach())
+                    total = torch.where(counted, losses, 0.0).sum()
+                with torch.no_grad():
+                    calls = recorder.finished(total, len(losses) * batch.views)
+                    norms = sums.add(calls, counted, batch.views)
+                    finite = counted & torch.isfinite(norms)
+                    counts["examples"] += int(batch.mask.sum())
+                    counts["clipped"] += int((finite & (norms > clipping.norm)).sum())
+                    counts["non_finite"] += int((batch.mask & ~finite).sum())
+                    means["loss_sum"] += float(losses.detach()[finite].sum())
+                    means["norm_sum"] += float(norms[finite].sum())
+        return ClippedSum(sums.finished(), self.slack, {**counts, **means})
+
+
+class _Sums:
+    """The totals of one sample, and how a micro-batch is clipped into them."""
+
+    def __init__(self, model: nn.Module, clipping: Clipping, use_kernel: bool) -> None:
+        parameters = trainable_parameters(model)
+        self._clipping = clipping
+        # The kernel adds what it has clipped at once, so it cannot wait for the norms of other layers.
+        self._use_kernel = use_kernel and clipping.mode != "per-layer"
+        self._place = {p: i for i, p in enumerate(parameters)}
+        self._totals = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+        self._of_kernel: dict[int, Tensor] = {}  # in its own order of axes
+        self._layer_of: dict[int, int] = {}
+        for number, layer in enumerate(model.modules()):
+            for parameter in trained(layer).values():
+                self._layer_of.setdefault(self._place[parameter], number)
+
+    def finished(self) -> list[Tensor]:
+        """One float64 tensor a parameter."""
+        for place, found in self._of_kernel.items():
+            total = self._totals[place]
+            total += (found.permute(0, 3, 1, 2) if found.ndim == 4 else found).reshape(total.shape)
+        return self._totals
+
+    def add(self, calls: Sequence[_Call], counted: Tensor, views: int) -> Tensor:
+        """Clip and add a micro-batch. Returns norms, float64 [m]."""
+        everybody = torch.ones_like(counted).repeat_interleave(views)
+        if self._clipping.norm < _TINY:
+            calls = [call.rows(everybody) for call in calls]
+        norms = self._add(calls, counted, views)
+        lost = counted & ~torch.isfinite(norms)
+        if bool(lost.any()):  # perhaps squares were too large for float32
+            calls = [call.rows(lost.repeat_interleave(views)) for call in calls]
+            norms = norms.masked_scatter(lost, self._add(calls, lost[lost], views))
+        return norms
+
+    def _add(self, calls: Sequence[_Call], counted: Tensor, views: int) -> Tensor:
+        forms = self._forms(calls, views)
+        described = [form.native() if self._use_kernel else None for _, form in forms]
+        squared: dict[int, Tensor] = {}  # of each layer that is clipped apart
+        for (places, form), layer in zip(forms, described, strict=True):
+            if layer is None:
+                group = self._group(places)
+                squared[group] = squared.get(group, 0) + form.squared_norms()
+        together = sum_of(
+            [torch.zeros(len(counted), dtype=torch.float64).to(counted.device), *squared.values()]
+        )
+        weights = self._weights(squared, together.sqrt(), counted)
+        norms = together.sqrt()
+        if any(layer is not None for layer in described):
+            layers = [
+                (layer, self._kernel_totals(places, form.names, layer))
+                for (places, form), layer in zip(forms, described, strict=True)
+                if layer is not None
+            ]
+            stabiliser = _STABILISER if self._clipping.mode == "automatic" else 0.0
+            norms, shared = native.clipped_sums(layers, together, counted, self._clipping.norm, stabiliser)
+            weights = dict.fromkeys(squared, shared)
+        finite = torch.isfinite(norms)
+        if not bool(finite.all()):
+            dropped = ~finite.repeat_interleave(views)
+            forms = self._forms([call.without(dropped) for call in calls], views)
+            for (_, form), layer in zip(forms, described, strict=True):
+                if layer is None:
+                    form.squared_norms()  # so that the others are summed the same way, to the last bit
+        for (places, form), layer in zip(forms, described, strict=True):
+            if layer is None:
+                form.add_to([self._totals[i] for i in places], weights[self._group(places)])
+        return norms
+
+    def _weights(self, squared: dict[int, Tensor], norms: Tensor, counted: Tensor) -> dict[int, Tensor]:
+        """What each example's gradient is multiplied by, for each group of layers."""
+        usable = counted & torch.isfinite(norms)
+        clipping = self._clipping
+        if clipping.mode == "automatic":
+            factors = dict.fromkeys(squared, clipping.norm / (norms + _STABILISER))
+        else:
+            limit = clipping.norm
+            if clipping.mode == "per-layer":
+                limit /= math.sqrt(len(set(self._layer_of.values())))
+            factors = {group: (limit / squares.sqrt()).clamp(max=1.0) for group, squares in squared.items()}
+        return {group: torch.where(usable, factor, 0.0) for group, factor in factors.items()}
+
+    def _group(self, places: Sequence[int]) -> int:
+        """The layer, where each is clipped apart; else the same for all."""
+        return self._layer_of[places[0]] if self._clipping.mode == "per-layer" else 0
+
+    def _kernel_totals(
+        self, places: Sequence[int], names: Sequence[str], layer: native.NativeLayer
+    ) -> list[Tensor | None]:
+        """The kernel's totals of weight, bias and gain: those of earlier micro-batches, or new ones."""
+        out = layer.g.shape[3]
+        shapes = {"weight": (out, *layer.kernel, layer.x.shape[3]), "bias": (out,), "gain": (out,)}
+        found: dict[str, Tensor] = {}
+        for place, name in zip(places, names, strict=True):
+            if place not in self._of_kernel:
+                self._of_kernel[place] = torch.zeros(shapes[name], dtype=torch.float64)
+            found[name] = self._of_kernel[place]
+        return [found.get(name) for name in ("weight", "bias", "gain")]
+
+    def _forms(self, calls: Sequence[_Call], views: int) -> list[tuple[list[int], PerExample]]:
+        """Forms that no two share a parameter of, and the places of their parameters."""
+        forms: list[tuple[list[int], PerExample]] = []
+        for call in calls:
+            if call.g is not None:
+                own = trained(call.layer)
+                for form in per_example(call.layer, call.x, call.g, views):
+                    forms.append(([self._place[own[name]] for name in form.names], form))
+        uses = Counter(place for places, _ in forms for place in places)
+        apart = [(p, form) for p, form in forms if all(uses[place] == 1 for place in p)]
+        shared = [(p, form) for p, form in forms if any(uses[place] > 1 for place in p)]
+        return apart + _joined(shared)
+
+
+def _joined(forms: Sequence[tuple[list[int], PerExample]]) -> list[tuple[list[int], PerExample]]:
+    """Forms that share parameters (tied, or used several times), added up before any norm is taken."""
+    if not forms:
+        return []
+    of_place: dict[tuple[int, ...], list[PerExample]] = {}
+    for places, form in forms:
+        of_place.setdefault(tuple(places), []).append(form)
+    distinct = sum(len(places) for places in of_place) == len({i for places in of_place for i in places})
+    if distinct and all(isinstance(form, Outer) for _, form in forms):
+        return [(list(places), Outer.joined(parts)) for places, parts in of_place.items()]  # type: ignore[arg-type]
+    rows: dict[int, Tensor] = {}
+    for places, form in forms:
+        for place, values in zip(places, form.rows(), strict=True):
+            flat = values.reshape(len(values), -1)
+            rows[place] = rows[place] + flat if place in rows else flat
+    return [([place], Rows((str(place),), [values])) for place, values in rows.items()]
+
+
+class _Recorder:
+    """Notes what layers are applied to, while it is on."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.on = False
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.on or not torch.is_grad_enabled():
+            return
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            raise UserError(
+                f"The layer {type(layer).__name__} has trained parameters of its own and maps something else "
+                "than one tensor to one tensor; put the parameters into layers apart."
+            )
+        if output.requires_grad:
+            # The edge stays that of the output as it is now, even if a later layer overwrites it.
+            self.calls.append(_Call(layer, args[0].detach(), get_gradient_edge(output)))
+
+    def finished(self, total: Tensor, rows: int) -> list[_Call]:
+        """The calls with the gradients of `total` for their outputs."""
+        calls, self.calls = self.calls, []
+        if not calls or not total.requires_grad:
+            return []
+        gradients = torch.autograd.grad(total, [call.edge for call in calls], allow_unused=True)
+        for call, g in zip(calls, gradients, strict=True):
+            if g is not None and not len(call.x) == len(g) == rows:
+                raise UserError(
+                    f"The layer {type(call.layer).__name__} computed {len(g)} rows for {rows} examples; each "
+                    "layer must see the batch as its first dimension."
+                )
+        return [replace(call, g=g) for call, g in zip(calls, gradients, strict=True) if g is not None]
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[_Recorder]:
+    """Hooks on all layers with trained parameters, for the duration of one sample."""
+    recorder = _Recorder()
+    layers = [layer for layer in model.modules() if trained(layer)]
+    handles = [layer.register_forward_hook(recorder, with_kwargs=True) for layer in layers]
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _channels_last(inputs: Any) -> Any:
+    """Images with their channels last in memory, which convolutions and poolings are faster on."""
+    if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
+        return inputs
+    if inputs.shape[1] > 1:
+        return inputs.contiguous(memory_format=torch.channels_last)
+    n, _, h, w = inputs.shape  # one channel is both; only the strides say what the next layer is to do
+    return inputs.contiguous().as_strided((n, 1, h, w), (h * w, 1, w, 1))

@@ -1,0 +1,168 @@
+"""The optional kernel: compiled on first use where there is a compiler, and done without where there is none.
+
+`kernels.cpp` computes the clipped sum of several layers at once, one example after the other, on CPUs in
+float32. The tests hold it to the same sums as the portable code. Set DPML_NO_KERNEL to do without.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch
+import torch
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
+_SIZES = ["h", "w", "channels", "oh", "ow", "out", "kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw", "views", "bias"]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "g")),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_void_p) for name in ("standard", "gain", "scale", "unclamped")),
+        *((name, ctypes.c_void_p) for name in ("sum", "bias_sum", "gain_sum")),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class NativeLayer:
+    """What the kernel is told of a layer. All tensors are float32 on the CPU, and contiguous.
+
+    Attributes:
+        x: The layer's inputs [m·views, h, w, in].
+        g: Gradients of its outputs [m·views, oh, ow, out].
+        kernel: (kh, kw); (1, 1) for a linear layer over a sequence.
+        stride, padding, dilation: As in `torch.nn.Conv2d`.
+        views: Images of each example.
+        standard: For a standardised weight: (without its gain [out, kh, kw, in], gain [out], 1/norm [out], whether
+            that depends on the weight, bool [out]).
+    """
+
+    x: Tensor
+    g: Tensor
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    views: int = 1
+    standard: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def described(self, sums: Sequence[Tensor | None]) -> _Layer:
+        """For the kernel. `sums`: float64 totals of weight [out, kh, kw, in], bias and gain, where they are."""
+        weight, bias, gain = sums
+        _, h, w, channels = self.x.shape
+        _, oh, ow, out = self.g.shape
+        standard = [None] * 4 if self.standard is None else [t.data_ptr() for t in self.standard]
+        sizes = [
+            h,
+            w,
+            channels,
+            oh,
+            ow,
+            out,
+            *self.kernel,
+            *self.stride,
+            *self.padding,
+            *self.dilation,
+            self.views,
+        ]
+        results = [None if t is None else t.data_ptr() for t in (weight, bias, gain)]
+        return _Layer(
+            self.x.data_ptr(), self.g.data_ptr(), *sizes, int(bias is not None), *standard, *results
+        )
+
+
+def clipped_sums(
+    layers: Sequence[tuple[NativeLayer, Sequence[Tensor | None]]],
+    squares: Tensor,
+    counted: Tensor,
+    clip: float,
+    stabiliser: float,
+) -> tuple[Tensor, Tensor]:
+    """Add the layers' clipped sums to their totals.
+
+    Args:
+        layers: Each layer, and its float64 totals as in `NativeLayer.described`.
+        squares: The squared norms of the examples' gradients in other layers, float64 [m].
+        counted: Which examples count, bool [m].
+        clip: C.
+        stabiliser: 0 for weights min(1, C/norm); else C/(norm + stabiliser).
+
+    Returns:
+        The examples' norms over all layers, and their weights: 0 where one does not count or is not finite.
+    """
+    library = kernel()
+    assert library is not None  # noqa: S101 - the caller asks first
+    described = (_Layer * len(layers))(*(layer.described(sums) for layer, sums in layers))
+    norms, weights = torch.empty_like(squares), torch.empty_like(squares)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (squares.contiguous(), counted, norms, weights)]
+    failed = library.dpml_clipped_sums(
+        described,
+        *(ctypes.c_int64(n) for n in (len(layers), len(squares))),
+        *pointers[:2],
+        *(ctypes.c_double(value) for value in (clip, stabiliser)),
+        *pointers[2:],
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError("Not enough memory for the gradients of one example.")
+    return norms, weights
+
+
+@functools.cache
+def kernel() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where it cannot be had."""
+    if os.environ.get("DPML_NO_KERNEL"):
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+        if library.dpml_layer_bytes() != ctypes.sizeof(_Layer):
+            raise OSError("its layout differs")
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.info("No compiled kernel, so portable code computes clipped sums: %s", error)
+        return None
+    return library
+
+
+def _compiled() -> Path:
+    """The shared library for this source, compiler and processor; compiled if it is not there."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("there is no C++ compiler")
+    key = hashlib.sha256(_SOURCE.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60)  # noqa: S603
+    key.update(version.stdout + " ".join(_FLAGS).encode() + _processor().encode())
+    folder = Path(pooch.os_cache("dpml")) / "kernels"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"{key.hexdigest()[:32]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            fresh = Path(scratch) / path.name
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(fresh)]
+            subprocess.run(command, capture_output=True, check=True, timeout=300)  # noqa: S603
+            fresh.replace(path)
+    return path
+
+
+def _processor() -> str:
+    """What tells processors with other instructions apart: a cache may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = [line for line in lines if line.startswith(("flags", "Features", "model name"))][:2]
+    return " ".join([platform.machine(), platform.processor(), *flags])

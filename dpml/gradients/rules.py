@@ -1,0 +1,190 @@
+"""How each layer's per-example gradients follow from its inputs and the gradients of its outputs.
+
+A rule is a function of the layer, its inputs x, the gradients g of its outputs (both with m·views rows, the
+views of an example one after the other) and `views`. It returns forms that together stand for all trainable
+parameters that the layer itself owns. Register yours:
+
+    @rule(MyLayer)
+    def my_layer(layer, x, g, views):
+        return [Rows(("weight",), [...])]  # one gradient of layer.weight for each of the m examples
+
+Layers without a rule take Opacus's, and layers without that one, if they map one tensor to one tensor, are
+differentiated again for each example. `tests/dpml/test_layer_rules.py` is the contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from torch import Tensor, nn
+from torch.nn import functional
+
+from accounting.errors import UserError
+from dpml.gradients.per_example import (
+    Lookup,
+    Outer,
+    Patches,
+    PerExample,
+    Rows,
+    Standardized,
+    by_example,
+)
+from dpml.models.layers import StandardizedConv2d
+
+Rule = Callable[[Any, Tensor, Tensor, int], Sequence[PerExample]]
+RULES: dict[type[nn.Module], Rule] = {}
+"""From a layer's exact type to its rule: a subclass may compute something else."""
+
+
+def rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of these layers."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(types, function))
+        return function
+
+    return register
+
+
+def per_example(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
+    """Forms of the gradients of the parameters that `layer` owns."""
+    found = RULES.get(type(layer))
+    if found is not None:
+        return found(layer, x, g, views)
+    dtype = next(iter(trained(layer).values())).dtype  # these compute with the layer's own numbers
+    x, g = x.to(dtype) if x.is_floating_point() else x, g.to(dtype)
+    if type(layer) in GradSampleModule.GRAD_SAMPLERS:
+        return _by_opacus(layer, x, g, views)
+    return _again(layer, x, g, views)
+
+
+def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters that a layer itself owns, by name."""
+    return {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
+
+
+@rule(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+def linear(layer: nn.Linear, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
+    """Y = Wx + b at each position."""
+    x, g = (by_example(t.reshape(len(t), -1, t.shape[-1]), views) for t in (x, g))
+    return [Outer(tuple(trained(layer)), x, g)]
+
+
+@rule(nn.Conv2d)
+def conv2d(layer: nn.Conv2d, x: Tensor, g: Tensor, views: int) -> Sequence[Patches]:
+    """Any stride, padding, dilation and groups."""
+    x, padding = _padded(layer, x)
+    sizes = [(int(a), int(b)) for a, b in (layer.stride, padding, layer.dilation)]
+    names = tuple(n for n in trained(layer) if n in ("weight", "bias"))
+    return [Patches(names, x, g, layer.weight.shape, *sizes, layer.groups, views)]
+
+
+@rule(nn.Conv1d)
+def conv1d(layer: nn.Conv1d, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
+    """A convolution over images of height 1."""
+    x, [padding] = _padded(layer, x)
+    shape = (*layer.weight.shape[:2], 1, layer.weight.shape[2])
+    names = tuple(trained(layer))
+    sizes = ((1, layer.stride[0]), (0, int(padding)), (1, layer.dilation[0]))
+    return [Patches(names, x[:, :, None], g[:, :, None], shape, *sizes, layer.groups, views)]
+
+
+def _padded(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """The input with the padding that a number of zeros on both sides cannot say, and the rest of it."""
+    none = (0,) * len(layer.kernel_size)
+    if layer.padding_mode != "zeros":
+        return functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), none
+    if layer.padding == "same":
+        return functional.pad(x, layer._reversed_padding_repeated_twice), none
+    return x, none if layer.padding == "valid" else tuple(layer.padding)
+
+
+@rule(StandardizedConv2d)
+def standardized(layer: StandardizedConv2d, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
+    """The gradients of the standardised weight, pulled back to weight and gain."""
+    names = tuple(trained(layer))
+    if not {"weight", "gain"} <= set(names):
+        return _again(layer, x, g, views)
+    [effective] = conv2d(layer, x, g, views)
+    with torch.no_grad():
+        v, scale = (t.to(x.dtype) for t in layer.standardized())
+    # At the bound, v has not norm 1.
+    bounded = v.square().sum(dim=(1, 2, 3), keepdim=True) < 1 - 1e-3
+    return [Standardized(names, effective, v, layer.gain.detach().to(x.dtype), scale, bounded)]
+
+
+@rule(nn.Embedding)
+def embedding(layer: nn.Embedding, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
+    """Rows of a table; the padding index gets no gradient."""
+    if layer.scale_grad_by_freq:
+        raise UserError(
+            "An Embedding with scale_grad_by_freq divides by the counts of a whole batch, which mixes examples."
+        )
+    indices = x.reshape(len(x) // views, -1)
+    g = g.reshape(*indices.shape, g.shape[-1])
+    if layer.padding_idx is not None:
+        g = g.masked_fill((indices == layer.padding_idx)[:, :, None], 0)
+    return [Lookup(indices, g, layer.num_embeddings)]
+
+
+@rule(nn.GroupNorm)
+def group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
+    """Scale and shift of each channel: Σ g·x̂ and Σ g over positions, x̂ the normalised input."""
+    normal = functional.group_norm(x, layer.num_groups, eps=layer.eps)
+    positions = tuple(range(2, x.ndim))
+    return [_affine(layer, normal, g, lambda t: t.sum(dim=positions) if positions else t, views)]
+
+
+@rule(nn.LayerNorm)
+def layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
+    """As `group_norm`, with a scale and shift of each place."""
+    normal = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+    return [_affine(layer, normal, g, lambda t: t.reshape(len(t), -1, *layer.normalized_shape).sum(1), views)]
+
+
+@rule(nn.RMSNorm)
+def rms_norm(layer: nn.RMSNorm, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
+    """A scale of each place."""
+    shape = list(layer.normalized_shape)
+    normal = functional.rms_norm(x, shape, eps=layer.eps)
+    return [_affine(layer, normal, g, lambda t: t.reshape(len(t), -1, *shape).sum(1), views)]
+
+
+def _affine(
+    layer: nn.Module, normal: Tensor, g: Tensor, summed: Callable[[Tensor], Tensor], views: int
+) -> PerExample:
+    names = tuple(trained(layer))
+    return Rows(names, [_views_summed(summed(g * normal if n == "weight" else g), views) for n in names])
+
+
+def _views_summed(rows: Tensor, views: int) -> Tensor:
+    """From a gradient for each of m·views rows to one for each example."""
+    return rows if views == 1 else rows.unflatten(0, (-1, views)).sum(dim=1)
+
+
+def _by_opacus(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
+    """By the rule that Opacus has for this type (Yousefpour et al. 2021)."""
+    found = GradSampleModule.GRAD_SAMPLERS[type(layer)](layer, [x], g)
+    names = {p: name for name, p in trained(layer).items()}
+    kept = {names[p]: _views_summed(rows, views) for p, rows in found.items() if p in names}
+    return [Rows(tuple(kept), list(kept.values()))]
+
+
+def _again(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
+    """By running the layer again for each example, and differentiating it."""
+    parameters = dict(trained(layer))
+
+    def single(one: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+        def output(values: dict[str, Tensor]) -> Tensor:
+            result: Tensor = torch.func.functional_call(layer, values, (one[None],))
+            return result[0]
+
+        _, pull_back = torch.func.vjp(output, parameters)
+        [found] = pull_back(gradient)
+        return dict(found)
+
+    rows = torch.func.vmap(single, randomness="error")(x, g)
+    return [Rows(tuple(rows), [_views_summed(t.detach(), views) for t in rows.values()])]
