@@ -16,8 +16,10 @@ from accounting.events import check_count, check_number, check_relation
 
 Device = Literal["auto", "cpu", "cuda"]
 ClippingMode = Literal["flat", "per-layer", "automatic"]
+Augmentation = Literal["none", "flip-crop"]
 Schedule = Literal["constant", "linear", "trapezoidal"]
 CLIPPING_MODES: tuple[ClippingMode, ...] = get_args(ClippingMode)
+_AUGMENTATIONS: tuple[Augmentation, ...] = get_args(Augmentation)
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
@@ -59,16 +61,27 @@ class DPSGDConfig:
     run, then down to zero: as much progress as constant, and late noise is averaged away)."""
     momentum: float = 0.9
     """Momentum of stochastic gradient descent; 0 for none."""
+    average: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.9999: its model is then the result.
+    It costs no privacy. 0 for none."""
+    views: int = 1
+    """Augmented views of each record in a step: its gradient is that of their mean loss, and is clipped once.
+    Costs time, but no privacy. Needs an augmentation."""
+    augment: Augmentation = "none"
+    """How each view is changed at random: none, or flip-crop (mirrored or not, and shifted by up to 4 pixels;
+    for images)."""
     micro_batch_size: int = 128
-    """Examples that are processed at once. Changes memory and speed, never the result."""
+    """Rows (examples, or views of them) that are processed at once. Changes memory and speed, never the
+    result."""
     workers: int = 0
     """Processes that load data; 0 loads in the main process. For data sets that are not in memory."""
     device: Device = "auto"
     """Where to compute: cpu, cuda, or auto (cuda if there is one)."""
     seed: int = 0
-    """Fixes the initial weights. Noise, sampling and dropout stay secret."""
+    """Fixes the initial weights. Noise, sampling, augmentation and dropout stay secret."""
     insecure_noise_seed: int | None = None
-    """Fixes noise, sampling and dropout too. For tests and experiments: such a run is not for release."""
+    """Fixes noise, sampling, augmentation and dropout too. For tests and experiments: such a run is not for
+    release."""
     accountant: Method = "pld"
     """How ε is computed: pld (tight) or rdp."""
     log_not_private: bool = False
@@ -86,6 +99,14 @@ class DPSGDConfig:
         _number(self, "clip_quantile", high=1)
         _number(self, "learning_rate", high=1e12)
         _number(self, "momentum", high=1, closed="left")
+        _number(self, "average", high=1, closed="left")
+        _count(self, "views", low=1)
+        if self.augment not in _AUGMENTATIONS:
+            names = ", ".join(_AUGMENTATIONS)
+            raise UserError(
+                f"The augment must be one of {names}; a function of your own goes to train_dpsgd as its "
+                f"argument. Got {self.augment!r}."
+            )
         _count(self, "micro_batch_size", low=1)
         _count(self, "workers")
         _count(self, "seed")

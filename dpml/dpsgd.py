@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from accounting import (
 )
 from dpml import models
 from dpml.adaptive import AdaptiveClipping
+from dpml.augmentation import AUGMENTATIONS, Augment, require_independent_rows
+from dpml.averaging import WeightAverage
 from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.data import LabeledData, load
 from dpml.data.batches import Examples
@@ -80,6 +82,7 @@ def train_dpsgd(
     trackers: Sequence[Tracker] = (),
     name: str = "the training set",
     test_set_is_public: bool = False,
+    augment: Augment | None = None,
 ) -> TrainingResult:
     """Train a model on a data set with DP-SGD, under a budget or with a given noise.
 
@@ -88,7 +91,8 @@ def train_dpsgd(
     admitted before the first step, and each step is committed before its noise is drawn.
 
     Args:
-        model: Trained in place. Its layers must treat the examples of a batch independently.
+        model: Trained in place; it ends with the averaged weights if the configuration asks for them. Its
+            layers must treat the examples of a batch independently.
         train_set: The private records: a map-style data set of (input, target) pairs.
         config: How to train.
         test_set: Public records for accuracy; (input, class) pairs.
@@ -100,13 +104,16 @@ def train_dpsgd(
         trackers: More receivers of progress.
         name: What the statement calls the data.
         test_set_is_public: Whether the test set is that of a public benchmark, for the statement.
+        augment: From inputs [rows, ...] to as many rows, each changed at random and by itself, with torch's
+            global generator; in place of the configured augmentation.
 
     Raises:
         UserError: for a mistake in model, data, configuration or output folder; nothing is spent then.
         BudgetExceeded, UnreachableBudget: if the budget cannot be met; nothing is spent then.
     """
     device = _device(config.device)
-    examples = Examples(train_set, config.micro_batch_size, config.workers, device)
+    chosen = AUGMENTATIONS[config.augment] if augment is None else augment
+    examples = Examples(train_set, config.micro_batch_size, config.workers, device, config.views, chosen)
     sampling = SamplingPlan.of(
         examples=len(examples),
         batch_size=config.batch_size,
@@ -114,11 +121,17 @@ def train_dpsgd(
         sampling_probability=config.sampling_probability,
         neighboring_relation=config.neighboring_relation,
     )
-    engine: Engine = OpacusEngine()
+    inputs, targets = examples.probe()
+    if chosen is not None:
+        inputs = require_independent_rows(chosen, inputs)
+    elif config.views > 1:
+        raise UserError(
+            f"{config.views} views of a record without an augmentation are {config.views} times the same; "
+            "choose one (flip-crop), or 1 view."
+        )
+    engine = _engine(config)
     model = (make_trainable(model) if fix_model else model).to(device).train()
     if not config.non_private:
-        _require_support(engine, config)
-        inputs, targets = examples.probe()
         require_trainable(model, inputs, engine)
         require_example_losses(model, loss, inputs, targets)
     parameters = trainable_parameters(model)
@@ -142,7 +155,10 @@ def train_dpsgd(
     accountant = PrivacyAccountant(
         config.accountant, budget=config.budget, neighboring_relation=sampling.neighboring_relation
     )
-    report = Report(config, sampling, mechanism, plan, folder, trackers, test_set)
+    settings = asdict(config) | ({} if augment is None else {"augment": "a function"})
+    report = Report(config, settings, sampling, mechanism, plan, folder, trackers, test_set)
+    average = WeightAverage(model, config.average) if config.average else None
+    released = model if average is None else average.model
     status: Status = "completed"
     layers = _random(config, "layers")
     devices = [device] if device.type == "cuda" else []
@@ -151,8 +167,9 @@ def train_dpsgd(
         try:
             for step in range(1, sampling.steps + 1):
                 with report.training:
-                    # Dropout's masks go by place in a batch: with known ones, a record that moves the
-                    # others would be seen. So they are secret too, and independent of earlier samples.
+                    # Dropout's masks and augmentations go by place in a batch: with known ones, a record
+                    # that moves the others would be seen. So they are secret too, and independent of
+                    # earlier samples.
                     torch.manual_seed(int(layers.words(1)[0] >> np.uint64(1)))
                     batches = examples.micro_batches(sampler.sample())
                     if mechanism is None:
@@ -165,21 +182,25 @@ def train_dpsgd(
                     optimizer.step()
                     if schedule is not None:
                         schedule.step()
-                if not report.step(step, model, clipped.diagnostics):
+                    if average is not None:
+                        average.update(model)
+                if not report.step(step, model, released, clipped.diagnostics):
                     status = "diverged"
                     break
         except KeyboardInterrupt:
             status = "stopped"
         optimizer.zero_grad()
+        if average is not None:
+            average.copy_to(model)
         committed = reservation.committed_event if mechanism is not None else plan
         return report.finish(model, status, committed, name=name, test_set_is_public=test_set_is_public)
 
 
-def _require_support(engine: Engine, config: DPSGDConfig) -> None:
-    if isinstance(engine, OpacusEngine) and config.clipping != "flat":
-        raise UserError(
-            f"{config.clipping.capitalize()} clipping is not supported by the Opacus engine; use flat."
-        )
+def _engine(config: DPSGDConfig) -> Engine:
+    """The engine of a run, which must support what the configuration asks for."""
+    if not config.non_private and (config.clipping != "flat" or config.views > 1):
+        raise UserError("The Opacus engine supports flat clipping and one view of each record only.")
+    return OpacusEngine()
 
 
 def _mechanism(

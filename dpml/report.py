@@ -55,11 +55,15 @@ class TrainingResult:
 
 
 class Report:
-    """Tells trackers and the output folder what happens. It reads a run and never changes it."""
+    """Tells trackers and the output folder what happens. It reads a run and never changes it.
+
+    `settings` is the configuration as it is written down.
+    """
 
     def __init__(
         self,
         config: DPSGDConfig,
+        settings: dict[str, Any],
         sampling: SamplingPlan,
         mechanism: SampledGaussianMechanism | None,
         plan: Event,
@@ -69,6 +73,7 @@ class Report:
     ) -> None:
         self.config, self.sampling, self.mechanism, self.plan = config, sampling, mechanism, plan
         self.folder, self.trackers, self.test_set = folder, trackers, test_set
+        self.settings = settings
         self.training = Stopwatch()
         self.accuracy: float | None = None
         self.steps = 0
@@ -97,7 +102,7 @@ class Report:
                 k: (lower, min(upper, ceiling)) for k, (lower, upper) in zip(points, bounds, strict=True)
             }
         self._write_events(Repeated(self.plan, 0), "running")
-        settings = {**asdict(self.config), **asdict(self.sampling), "planned_steps": self.sampling.steps}
+        settings = {**self.settings, **asdict(self.sampling), "planned_steps": self.sampling.steps}
         if self.mechanism is None:
             settings |= {"clip_norm": None, "neighboring_relation": None}
         else:
@@ -105,8 +110,8 @@ class Report:
         for tracker in self.trackers:
             tracker.start(self.sampling.steps, settings)
 
-    def step(self, step: int, model: nn.Module, diagnostics: dict[str, float]) -> bool:
-        """Report a step that was released. False if the weights are not finite any more."""
+    def step(self, step: int, trained: nn.Module, released: nn.Module, diagnostics: dict[str, float]) -> bool:
+        """Report a step. False if the weights are not finite any more, trained or averaged."""
         self.steps = step
         values: dict[str, float] = {}
         if step in self._log_steps:
@@ -119,8 +124,9 @@ class Report:
         finite = True
         last = step == self.sampling.steps
         if step % self._evaluate_every == 0 or last:
-            finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
-            self.accuracy = accuracy(model, self.test_set) if self.test_set is not None else None
+            weights = [*trained.parameters(), *released.parameters()]
+            finite = all(bool(torch.isfinite(p).all()) for p in weights)
+            self.accuracy = accuracy(released, self.test_set) if self.test_set is not None else None
             if self.accuracy is not None:
                 values["test/accuracy"] = self.accuracy
         for tracker in self.trackers:
@@ -192,7 +198,7 @@ class Report:
             "noise_is_secret": _is_secret(mechanism),
             "sensitivity_slack": mechanism.engine.slack if mechanism else None,
             "selection_epsilon": None,
-            "config": asdict(config),
+            "config": self.settings,
             "versions": {
                 "python": platform.python_version(),
                 **{package: version(package) for package in ("dpml", "torch", "opacus", "numpy", "scipy")},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from accounting.errors import UserError
+from dpml.augmentation import Augment
 from dpml.gradients.engine import MicroBatch
 
 
@@ -18,9 +19,12 @@ class Examples:
 
     Args:
         data: A map-style data set of (input, target) pairs; a `TensorDataset` is read without a loop.
-        micro_batch_size: m, the number of places of each micro-batch.
+        micro_batch_size: Rows of each micro-batch. It has m = ⌊micro_batch_size / views⌋ places for records,
+            at least 1.
         workers: Processes that read `data`; 0 for this one.
         device: Where micro-batches go.
+        views: Rows for each record, one after the other.
+        augment: Changes each row at random. The caller seeds torch's global generator, which it draws from.
 
     Raises:
         UserError: if `data` has no length, is empty, or yields something else than pairs.
@@ -32,6 +36,8 @@ class Examples:
         micro_batch_size: int = 128,
         workers: int = 0,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+        views: int = 1,
+        augment: Augment | None = None,
     ) -> None:
         if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
             raise UserError(
@@ -41,7 +47,9 @@ class Examples:
         if len(data) == 0:
             raise UserError("The training set is empty; give at least one record.")
         # Padding beyond the whole data set would be work for nothing.
-        self._data, self._size, self._device = data, min(micro_batch_size, len(data)), device
+        self._data, self._device = data, device
+        self._size = min(max(1, micro_batch_size // views), len(data))
+        self._views, self._augment = views, augment
         self._tensors: tuple[Tensor, ...] | None = None
         if isinstance(data, TensorDataset):
             self._tensors = data.tensors
@@ -69,14 +77,20 @@ class Examples:
         for inputs, targets, count in self._read(chunks):
             mask = torch.zeros(self._size, dtype=torch.bool)
             mask[:count] = True
+            rows = self._viewed(_to(_pad(inputs, self._size), self._device))
             yield MicroBatch(
-                _to(_pad(inputs, self._size), self._device),
-                _to(_pad(targets, self._size), self._device),
+                rows if self._augment is None else self._augment(rows),
+                self._viewed(_to(_pad(targets, self._size), self._device)),
                 mask.to(self._device),
+                self._views,
             )
 
+    def _viewed(self, value: Any) -> Any:
+        """Each record as many times as it has views, in a row."""
+        return value if self._views == 1 else _map(value, lambda t: t.repeat_interleave(self._views, dim=0))
+
     def probe(self) -> tuple[Any, Any]:
-        """One record as a batch, inputs and targets, for their shape and type alone."""
+        """One record as a batch, inputs and targets, for their shape and type alone. It is not augmented."""
         inputs, targets, _ = next(self._read([torch.zeros(1, dtype=torch.int64)], direct=True))
         return _to(inputs, self._device), _to(targets, self._device)
 
@@ -120,8 +134,12 @@ def _pad(value: Any, size: int) -> Any:
 
 
 def _to(value: Any, device: torch.device) -> Any:
+    return _map(value, lambda tensor: tensor.to(device))
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, dict):
-        return {key: _to(part, device) for key, part in value.items()}
-    return type(value)(_to(part, device) for part in value)
+        return {key: _map(part, change) for key, part in value.items()}
+    return type(value)(_map(part, change) for part in value)
