@@ -86,7 +86,7 @@ class TransformerClassifier(nn.Module):
         Positions are looked up for each example, not once for all: only then does each have a gradient
         of its own.
         """
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        places = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
         x = self.layers(self.tokens(tokens) + self.positions(places))
         logits: Tensor = self.head(self.norm(x).mean(dim=1))
         return logits
