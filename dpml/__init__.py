@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         UserError,
         calibrate_noise_multiplier,
     )
+    from dpml.adaptive import AdaptiveClipping
+    from dpml.averaging import WeightAverage
     from dpml.config import DPSGDConfig, DPSGDRun
     from dpml.data import load
     from dpml.data.batches import Examples
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from dpml.report import TrainingResult
 
 _HOMES = {
+    "AdaptiveClipping": "dpml.adaptive",
     "BudgetExceeded": "accounting",
     "Clipping": "dpml.gradients",
     "DPSGDConfig": "dpml.config",
@@ -50,6 +53,7 @@ _HOMES = {
     "SampledGaussianMechanism": "dpml.mechanism",
     "TrainingResult": "dpml.report",
     "UserError": "accounting",
+    "WeightAverage": "dpml.averaging",
     "build": "dpml.models",
     "calibrate_noise_multiplier": "accounting",
     "cross_entropy": "dpml.gradients",
@@ -60,6 +64,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptiveClipping",
     "BudgetExceeded",
     "Clipping",
     "DPSGDConfig",
@@ -75,6 +80,7 @@ __all__ = [
     "SampledGaussianMechanism",
     "TrainingResult",
     "UserError",
+    "WeightAverage",
     "build",
     "calibrate_noise_multiplier",
     "cross_entropy",

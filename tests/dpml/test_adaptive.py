@@ -320,6 +320,19 @@ def test_a_sum_of_an_earlier_norm_is_not_released():
         assert reservation.committed == 1
 
 
+def test_a_reservation_of_gradients_alone_is_foreign():
+    mechanism = _made()
+    for plan in (
+        Repeated(PoissonSampled(mechanism.event.event.events[0], 0.25), 5),
+        _made(batch_size=200).plan(5),  # which would have more noise on its count
+    ):
+        with PrivacyAccountant().reserve(plan) as reservation:
+            clipped = mechanism.clipped_sum(nn.Linear(1, 1), cross_entropy, [])
+            with pytest.raises(UserError, match=r"reserve mechanism\.plan"):
+                mechanism.release(clipped, reservation)
+            assert reservation.committed == 0
+
+
 def test_the_norm_moves_as_in_the_paper_by_the_expected_batch_size():
     clipping = AdaptiveClipping(2.0, 0.3, 10, 4.0)
     noise = SimpleNamespace(normals=lambda n: np.full(n, 0.25))
