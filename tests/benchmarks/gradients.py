@@ -27,7 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -152,24 +152,24 @@ def measure_memory(case: Case, names: Sequence[str], threads: int) -> list[Row]:
             sys.executable,
             __file__,
             "--peak",
-            str(CASES.index(case)),
+            json.dumps(asdict(case)),
             name,
             "--threads",
             str(threads),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        last = (done.stdout.strip().splitlines() or [""])[-1]
         if done.returncode == 0:
-            rows.append(row(case, name, **json.loads(last)))
-        else:
-            rows.append(row(case, name, reason=f"the process ended with {done.returncode}"))
+            rows.append(row(case, name, **json.loads(done.stdout.splitlines()[-1])))
+        else:  # killed for want of memory, say
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            rows.append(row(case, name, reason=f"the process ended with {done.returncode} {last}"[:200]))
     return rows
 
 
 def peak(case: Case, name: str) -> Row:
     """Peak memory of the second step in MiB, beyond what the process held with the model and its inputs.
 
-    The first step is a warm-up, in which programs are compiled.
+    The first step is a warm-up, in which programs are compiled; what a compiler keeps in memory counts.
     """
     problem = make_problem(case)
     try:
