@@ -85,10 +85,10 @@ class BookKeepingEngine:
         self, model: nn.Module, loss: Loss, batches: Iterable[MicroBatch], clipping: Clipping
     ) -> ClippedSum:
         """Sum the clipped gradients of all examples; see `Engine.clipped_sum`."""
-        sums = _Sums(model, clipping, self.use_kernel and native.kernel() is not None)
+        sums = _Sums(model, clipping)
         counts: Counter[str] = Counter(examples=0, clipped=0, non_finite=0)
         means = {"loss_sum": 0.0, "norm_sum": 0.0}
-        with _recorded(model) as recorder:
+        with native.switched(self.use_kernel), _recorded(model) as recorder:
             for batch in batches:
                 with torch.enable_grad():
                     recorder.on = True
@@ -112,11 +112,9 @@ class BookKeepingEngine:
 class _Sums:
     """The totals of one sample, and how a micro-batch is clipped into them."""
 
-    def __init__(self, model: nn.Module, clipping: Clipping, use_kernel: bool) -> None:
+    def __init__(self, model: nn.Module, clipping: Clipping) -> None:
         parameters = trainable_parameters(model)
         self._clipping = clipping
-        # The kernel adds what it has clipped at once, so it cannot wait for the norms of other layers.
-        self._use_kernel = use_kernel and clipping.mode != "per-layer"
         self._place = {p: i for i, p in enumerate(parameters)}
         self._totals = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
         self._of_kernel: dict[int, Tensor] = {}  # in its own order of axes
@@ -146,7 +144,9 @@ class _Sums:
 
     def _add(self, calls: Sequence[_Call], counted: Tensor, views: int) -> Tensor:
         forms = self._forms(calls, views)
-        described = [form.native() if self._use_kernel else None for _, form in forms]
+        # The kernel adds what it has clipped at once: it cannot wait for layers that are clipped apart.
+        use_kernel = native.kernel() is not None and self._clipping.mode != "per-layer"
+        described = [form.native() if use_kernel else None for _, form in forms]
         squared: dict[int, Tensor] = {}  # of each layer that is clipped apart
         for (places, form), layer in zip(forms, described, strict=True):
             if layer is None:

@@ -13,6 +13,9 @@
 #include <new>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -25,8 +28,10 @@ constexpr int LANES = 16, ROWS = 8, MOST = 3;
 constexpr int LANES = 8, ROWS = 4, MOST = 2;
 #endif
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef float Block __attribute__((vector_size(ROWS * 4), aligned(4), may_alias));
 
-constexpr int64_t TILE_BYTES = 192 * 1024;  // of unfolded patches, to stay in the second-level cache
+constexpr int64_t TILE_BYTES = 640 * 1024;  // of unfolded patches, to stay in the second-level cache
+constexpr int64_t TILE_POSITIONS = 128;     // so that a panel of them stays in the first-level cache
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -43,122 +48,144 @@ struct Layer {
   int64_t patch() const { return kh * kw * in; }
   int64_t width() const { return round_up(patch(), LANES); }
   int64_t height() const { return round_up(out, ROWS); }
-  int64_t buffer() const { return height() * (width() + 2 * LANES); }
+  int64_t buffer() const { return height() * (width() + 2); }
   // A buffer holds the weight's gradient [height, width], then the bias's and the gain's.
   int64_t bias_at() const { return height() * width(); }
-  int64_t gain_at() const { return bias_at() + height() * LANES; }
+  int64_t gain_at() const { return bias_at() + height(); }
+  bool short_rows() const { return dw == 1 && kw * in <= 2 * LANES && !plain_patches(); }
+  int64_t padded() const { return (h + 2 * ph) * (w + 2 * pw) * in + 2 * LANES; }
+  int64_t tile() const {
+    return std::min({oh * ow, TILE_POSITIONS, std::max<int64_t>(16, TILE_BYTES / (width() * 4))});
+  }
   bool plain_patches() const {
-    return kh == 1 && kw == 1 && sh == 1 && sw == 1 && ph == 0 && pw == 0 && in % LANES == 0;
+    return kh == 1 && kw == 1 && sh == 1 && sw == 1 && ph == 0 && pw == 0;
   }
 };
 
 struct Free { void operator()(float *p) const { std::free(p); } };
 using Buffer = std::unique_ptr<float[], Free>;
 Buffer floats(int64_t n) {
-  void *p = std::aligned_alloc(64, round_up(std::max<int64_t>(n, 16) * 4, 64));
+  constexpr int64_t HUGE_PAGE = 2 << 20;
+  const int64_t unit = n * 4 >= 2 * HUGE_PAGE ? HUGE_PAGE : 64, bytes = round_up(std::max<int64_t>(n, 16) * 4, unit);
+  void *p = std::aligned_alloc(unit, bytes);
   if (!p) throw std::bad_alloc();
+#ifdef __linux__
+  if (unit == HUGE_PAGE) madvise(p, bytes, MADV_HUGEPAGE);  // thousands of pages fewer to fault and look up
+#endif
   return Buffer(static_cast<float *>(p));
 }
 
-// c[i, :] += Σ_p g[p, i]·a[p, :] for ROWS rows and N vectors of columns.
+// c[i, :] (+)= Σ_p g[p, i]·a[p, :] for ROWS rows and N vectors of columns; g and a are panels without gaps.
 template <int N>
-inline void multiply(const float *g, int64_t ldg, const float *a, int64_t lda, int64_t positions, float *c,
-                     int64_t ldc) {
+inline void multiply(const float *g, const float *a, int64_t positions, float *c, int64_t ldc, bool first) {
   Vec sum[ROWS][N];
+#pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < N; ++v) sum[i][v] = *reinterpret_cast<const Vec *>(c + i * ldc + v * LANES);
-  for (int64_t p = 0; p < positions; ++p, g += ldg, a += lda) {
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v)
+      sum[i][v] = first ? Vec{} : *reinterpret_cast<const Vec *>(c + i * ldc + v * LANES);
+  for (int64_t p = 0; p < positions; ++p, g += ROWS, a += N * LANES) {
     Vec row[N];
+#pragma GCC unroll 8
     for (int v = 0; v < N; ++v) row[v] = *reinterpret_cast<const Vec *>(a + v * LANES);
+#pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
       for (int v = 0; v < N; ++v) sum[i][v] += g[i] * row[v];
   }
+#pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
     for (int v = 0; v < N; ++v) *reinterpret_cast<Vec *>(c + i * ldc + v * LANES) = sum[i][v];
 }
 
-void outer_products(const float *g, int64_t ldg, const float *a, int64_t lda, int64_t positions, float *c,
-                    int64_t ldc, int64_t rows) {
-  for (int64_t left = ldc / LANES, at = 0; left > 0;) {
-    int n = static_cast<int>(std::min<int64_t>(left, left == MOST + 1 ? 2 : MOST));
-    for (int64_t i = 0; i < rows; i += ROWS) {
-      const float *gi = g + i, *ai = a + at * LANES;
-      float *ci = c + i * ldc + at * LANES;
-      if (n == 1) multiply<1>(gi, ldg, ai, lda, positions, ci, ldc);
-      else if (n == 2) multiply<2>(gi, ldg, ai, lda, positions, ci, ldc);
-      else multiply<MOST>(gi, ldg, ai, lda, positions, ci, ldc);
-    }
-    left -= n;
-    at += n;
+// Vectors of columns in the panel that begins when `left` of them remain.
+inline int64_t panel(int64_t left) { return left == MOST + 1 ? 2 : std::min<int64_t>(left, MOST); }
+
+// One row of `width` numbers (and readable beyond, unless they fill whole vectors) into the panels' row p of n.
+void into_panels(const float *row, int64_t width, int64_t p, int64_t n, float *panels) {
+  for (int64_t left = round_up(width, LANES) / LANES; left > 0;) {
+    const int64_t vectors = panel(left);
+    float *to = panels + p * vectors * LANES;
+    for (int64_t v = 0; v < vectors; ++v, row += LANES, to += LANES)
+      *reinterpret_cast<Vec *>(to) = *reinterpret_cast<const Vec *>(row);
+    panels += n * vectors * LANES;
+    left -= vectors;
   }
 }
 
-// Copies the patches of output positions first … first + count − 1 of one image into rows of `width` floats.
-void unfold(const Layer &l, const float *x, int64_t first, int64_t count, float *out) {
-  const int64_t width = l.width(), tail = width - l.patch();
-  for (int64_t p = first; p < first + count; ++p, out += width) {
-    const int64_t y0 = p / l.ow * l.sh - l.ph, x0 = p % l.ow * l.sw - l.pw;
-    float *to = out;
-    for (int64_t r = 0; r < l.kh; ++r, to += l.kw * l.in) {
-      const int64_t y = y0 + r * l.dh;
-      const float *row = x + y * l.w * l.in;
-      if (y < 0 || y >= l.h) {
-        std::memset(to, 0, l.kw * l.in * 4);
-      } else if (l.dw == 1 && x0 >= 0 && x0 + l.kw <= l.w) {
-        const float *from = row + x0 * l.in;
-        for (int64_t i = 0; i < l.kw * l.in; ++i) to[i] = from[i];
-      } else {
-        for (int64_t s = 0; s < l.kw; ++s) {
-          const int64_t column = x0 + s * l.dw;
-          if (column < 0 || column >= l.w) std::memset(to + s * l.in, 0, l.in * 4);
-          else std::memcpy(to + s * l.in, row + column * l.in, l.in * 4);
-        }
-      }
+// Rows of g into blocks of ROWS columns, the last one filled with zeros; adds the sum of the rows to `sum`.
+void into_blocks(const float *g, int64_t width, int64_t n, float *blocks, float *sum) {
+  for (int64_t at = 0; at < width; at += ROWS, blocks += n * ROWS) {
+    const int64_t filled = std::min<int64_t>(ROWS, width - at);
+    Block total{};
+    for (int64_t p = 0; p < n; ++p) {
+      const float *from = g + p * width + at;
+      Block row{};
+      if (filled == ROWS) row = *reinterpret_cast<const Block *>(from);
+      else std::memcpy(&row, from, filled * 4);
+      *reinterpret_cast<Block *>(blocks + p * ROWS) = row;
+      total += row;
     }
-    if (tail) std::memset(to, 0, tail * 4);
+    *reinterpret_cast<Block *>(sum + at) += total;
   }
 }
 
-// The gradients of one example, summed over its images, into `c`.
-void gradient(const Layer &l, int64_t example, float *c, float *patches, float *packed) {
-  const int64_t width = l.width(), positions = l.oh * l.ow, height = l.height();
-  std::memset(c, 0, l.buffer() * 4);
-  float *bias = c + l.bias_at();
-  const int64_t tile = std::min(positions, std::max<int64_t>(16, TILE_BYTES / (width * 4)));
-  for (int64_t image = example * l.views; image < (example + 1) * l.views; ++image) {
-    const float *x = l.x + image * l.h * l.w * l.in, *g = l.g + image * positions * l.out;
-    for (int64_t p = 0; p < positions; p += tile) {
-      const int64_t n = std::min(tile, positions - p);
-      const float *a = patches, *rows = g + p * l.out;
-      if (l.plain_patches()) a = x + p * l.in;
-      else unfold(l, x, p, n, patches);
-      if (l.bias)
-        for (int64_t q = 0; q < n; ++q)
-          for (int64_t o = 0; o < l.out; ++o) bias[o] += rows[q * l.out + o];
-      if (height != l.out) {
-        for (int64_t q = 0; q < n; ++q) {
-          std::memcpy(packed + q * height, rows + q * l.out, l.out * 4);
-          std::memset(packed + q * height + l.out, 0, (height - l.out) * 4);
-        }
-        rows = packed;
+// Copies the patch of output position p of an image.
+void unfold(const Layer &l, const float *x, int64_t p, float *to) {
+  const int64_t y0 = p / l.ow * l.sh - l.ph, x0 = p % l.ow * l.sw - l.pw;
+  for (int64_t r = 0; r < l.kh; ++r, to += l.kw * l.in) {
+    const int64_t y = y0 + r * l.dh;
+    const float *row = x + y * l.w * l.in;
+    if (y < 0 || y >= l.h) {
+      std::memset(to, 0, l.kw * l.in * 4);
+    } else if (l.dw == 1 && x0 >= 0 && x0 + l.kw <= l.w) {
+      const float *from = row + x0 * l.in;
+      for (int64_t i = 0; i < l.kw * l.in; ++i) to[i] = from[i];
+    } else {
+      for (int64_t s = 0; s < l.kw; ++s) {
+        const int64_t column = x0 + s * l.dw;
+        if (column < 0 || column >= l.w) std::memset(to + s * l.in, 0, l.in * 4);
+        else std::memcpy(to + s * l.in, row + column * l.in, l.in * 4);
       }
-      outer_products(rows, height, a, width, n, c, width, height);
     }
   }
-  if (!l.standard) return;
-  // The weight is gain·v with v = scale·(w − mean): from the gradient of gain·v to those of gain and w.
-  float *gain = c + l.gain_at();
-  const int64_t patch = l.patch();
-  for (int64_t o = 0; o < l.out; ++o) {
-    float *row = c + o * width;
-    const float *v = l.standard + o * patch;
-    float total = 0, inner = 0;
-#pragma omp simd reduction(+ : total, inner)
-    for (int64_t k = 0; k < patch; ++k) { total += row[k]; inner += row[k] * v[k]; }
-    gain[o] = inner;
-    const float mean = total / patch, along = l.unclamped[o] ? inner : 0, factor = l.gain[o] * l.scale[o];
-#pragma omp simd
-    for (int64_t k = 0; k < patch; ++k) row[k] = factor * (row[k] - mean - v[k] * along);
+}
+
+// The image with its padding around it, and room to read beyond its end.
+void pad(const Layer &l, const float *x, float *out) {
+  const int64_t row = (l.w + 2 * l.pw) * l.in;
+  std::memset(out, 0, l.padded() * 4);
+  for (int64_t y = 0; y < l.h; ++y)
+    std::memcpy(out + (y + l.ph) * row + l.pw * l.in, x + y * l.w * l.in, l.w * l.in * 4);
+}
+
+// As `unfold`, for short rows of a padded image: each is copied as N whole vectors, and the surplus overwritten.
+template <int N>
+inline void unfold_short(const Layer &l, const float *x, int64_t p, float *to) {
+  const int64_t line = (l.w + 2 * l.pw) * l.in, n = l.kw * l.in;
+  const float *from = x + p / l.ow * l.sh * line + p % l.ow * l.sw * l.in;
+  for (int64_t r = 0; r < l.kh; ++r, to += n, from += l.dh * line)
+    for (int v = 0; v < N; ++v)
+      *reinterpret_cast<Vec *>(to + v * LANES) = *reinterpret_cast<const Vec *>(from + v * LANES);
+}
+
+// The patches of n positions from p on, in panels.
+void patches(const Layer &l, const float *x, int64_t p, int64_t n, float *row, float *panels) {
+  const int64_t width = l.width(), patch = l.patch();
+  const bool whole = l.plain_patches() && l.in % LANES == 0, few = l.kw * l.in <= LANES;
+  for (int64_t q = 0; q < n; ++q) {
+    const float *from = row;
+    if (whole) {
+      from = x + (p + q) * l.in;
+    } else {
+      if (l.plain_patches()) std::memcpy(row, x + (p + q) * l.in, l.in * 4);
+      else if (!l.short_rows()) unfold(l, x, p + q, row);
+      else if (few) unfold_short<1>(l, x, p + q, row);
+      else unfold_short<2>(l, x, p + q, row);
+      for (int64_t i = patch; i < width; ++i) row[i] = 0;
+    }
+    into_panels(from, width, q, n, panels);
   }
 }
 
@@ -174,6 +201,63 @@ double squared_norm(const float *c, int64_t n) {
   return total;
 }
 
+// From the gradient of gain·v, v = scale·(w − mean) of output channel o, to those of w (in place) and of gain.
+void pull_back(const Layer &l, int64_t o, float *row, float *gain) {
+  const int64_t patch = l.patch();
+  const float *v = l.standard + o * patch;
+  float total = 0, inner = 0;
+#pragma omp simd reduction(+ : total, inner)
+  for (int64_t k = 0; k < patch; ++k) { total += row[k]; inner += row[k] * v[k]; }
+  *gain = inner;
+  const float mean = total / patch, along = l.unclamped[o] ? inner : 0, factor = l.gain[o] * l.scale[o];
+#pragma omp simd
+  for (int64_t k = 0; k < patch; ++k) row[k] = factor * (row[k] - mean - v[k] * along);
+}
+
+struct Scratch { float *row, *panels, *blocks, *image; };
+
+// The gradients of one example, summed over its images, into `c`. Returns their squared norm.
+double gradient(const Layer &l, int64_t example, float *c, const Scratch &scratch) {
+  const int64_t width = l.width(), positions = l.oh * l.ow, tile = l.tile();
+  float *bias = c + l.bias_at(), *gain = c + l.gain_at();
+  std::memset(bias, 0, (l.buffer() - l.bias_at()) * 4);  // the gain's, too
+  double square = 0;
+  for (int64_t image = example * l.views; image < (example + 1) * l.views; ++image) {
+    const float *x = l.x + image * l.h * l.w * l.in;
+    const float *g = l.g + image * positions * l.out;
+    if (l.short_rows()) {
+      pad(l, x, scratch.image);
+      x = scratch.image;
+    }
+    for (int64_t p = 0; p < positions; p += tile) {
+      const int64_t n = std::min(tile, positions - p);
+      const bool first = p == 0 && image == example * l.views;
+      const bool last = p + n == positions && image + 1 == (example + 1) * l.views;
+      patches(l, x, p, n, scratch.row, scratch.panels);
+      into_blocks(g + p * l.out, l.out, n, scratch.blocks, bias);
+      for (int64_t o = 0; o < l.out; o += ROWS) {
+        const float *block = scratch.blocks + o * n, *a = scratch.panels;
+        for (int64_t left = width / LANES, at = 0; left > 0;) {
+          const int64_t vectors = panel(left);
+          float *to = c + o * width + at;
+          if (vectors == 1) multiply<1>(block, a, n, to, width, first);
+          else if (vectors == 2) multiply<2>(block, a, n, to, width, first);
+          else multiply<MOST>(block, a, n, to, width, first);
+          a += n * vectors * LANES;
+          at += vectors * LANES;
+          left -= vectors;
+        }
+        if (!last) continue;
+        if (l.standard)
+          for (int64_t r = o; r < std::min(l.out, o + ROWS); ++r) pull_back(l, r, c + r * width, gain + r);
+        square += squared_norm(c + o * width, ROWS * width);  // while they are in the cache
+      }
+    }
+  }
+  if (!l.bias) std::memset(bias, 0, l.height() * 4);
+  return square + squared_norm(bias, l.buffer() - l.bias_at());
+}
+
 }  // namespace
 
 extern "C" {
@@ -186,15 +270,16 @@ int64_t dpml_layer_bytes() { return sizeof(Layer); }
 int dpml_clipped_sums(const Layer *layers, int64_t count, int64_t examples, const double *squares,
                       const uint8_t *counted, double clip, double stabiliser,
                       double *norms, double *weights, int64_t threads) {
-  int64_t total = 0, patches = 0, packed = 0;
+  int64_t total = 0, row = 0, panels = 0, blocks = 0, padded = 0;
   std::vector<int64_t> at(count);
   for (int64_t i = 0; i < count; ++i) {
     const Layer &l = layers[i];
     at[i] = total;
     total += round_up(l.buffer(), 16);
-    const int64_t tile = std::min(l.oh * l.ow, std::max<int64_t>(16, TILE_BYTES / (l.width() * 4)));
-    patches = std::max(patches, tile * l.width());
-    packed = std::max(packed, tile * l.height());
+    row = std::max(row, l.width() + 2 * LANES);
+    panels = std::max(panels, l.tile() * l.width());
+    blocks = std::max(blocks, l.tile() * l.height());
+    if (l.short_rows()) padded = std::max(padded, l.padded());
   }
   threads = std::max<int64_t>(1, std::min(threads, examples));
   std::vector<Buffer> sums(threads);
@@ -203,15 +288,13 @@ int dpml_clipped_sums(const Layer *layers, int64_t count, int64_t examples, cons
   for (int64_t t = 0; t < threads; ++t) {
     try {
       sums[t] = floats(total);
-      Buffer one = floats(total), tile = floats(patches), rows = floats(packed);
+      const Buffer one = floats(total), a = floats(row), b = floats(panels), d = floats(blocks), x = floats(padded);
+      const Scratch scratch{a.get(), b.get(), d.get(), x.get()};
       float *sum = sums[t].get(), *c = one.get();
       std::memset(sum, 0, total * 4);
       for (int64_t e = examples * t / threads; e < examples * (t + 1) / threads; ++e) {
         double square = squares[e];
-        for (int64_t i = 0; i < count; ++i) {
-          gradient(layers[i], e, c + at[i], tile.get(), rows.get());
-          square += squared_norm(c + at[i], layers[i].buffer());
-        }
+        for (int64_t i = 0; i < count; ++i) square += gradient(layers[i], e, c + at[i], scratch);
         const double norm = norms[e] = std::sqrt(square);
         weights[e] = 0;
         if (!counted[e] || !std::isfinite(norm)) continue;
@@ -238,5 +321,75 @@ int dpml_clipped_sums(const Layer *layers, int64_t count, int64_t examples, cons
     }
   }
   return 0;
+}
+
+// Gradients of a normalisation's scale and shift, for each image.
+// x and g: [images, positions, channels]; each image's `groups` runs of channels are normalised over all
+// positions (GroupNorm). Sets scale and shift [images, channels] to Σ g·(x − mean)/deviation and Σ g.
+void dpml_group_norm(const float *x, const float *g, int64_t images, int64_t positions, int64_t channels,
+                     int64_t groups, double epsilon, float *scale, float *shift, int64_t threads) {
+  const int64_t run = channels / groups;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t image = 0; image < images; ++image) {
+    const float *xi = x + image * positions * channels, *gi = g + image * positions * channels;
+    std::vector<float> mean(channels), part(2 * channels);
+    std::vector<double> sums(2 * channels), square(channels);
+    // Sums of 64 positions in float, of those in double; three passes, of which two find x in the cache.
+    const auto add_up = [&](auto &&term) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t start = 0; start < positions; start += 64) {
+        std::fill(part.begin(), part.end(), 0.0f);
+        for (int64_t p = start; p < std::min(positions, start + 64); ++p) term(xi + p * channels, gi + p * channels);
+        for (int64_t c = 0; c < 2 * channels; ++c) sums[c] += part[c];
+      }
+    };
+    const auto over_groups = [&](auto &&of_group) {
+      for (int64_t c = 0; c < channels; c += run) {
+        double total = 0;
+        for (int64_t i = c; i < c + run; ++i) total += sums[i];
+        of_group(c, total / (run * positions));
+      }
+    };
+    float *a = part.data(), *b = part.data() + channels;
+    const float *m = mean.data();
+    add_up([&](const float *xp, const float *) {
+      for (int64_t c = 0; c < channels; ++c) a[c] += xp[c];
+    });
+    over_groups([&](int64_t c, double value) { std::fill_n(mean.begin() + c, run, static_cast<float>(value)); });
+    add_up([&](const float *xp, const float *) {
+      for (int64_t c = 0; c < channels; ++c) a[c] += (xp[c] - m[c]) * (xp[c] - m[c]);
+    });
+    over_groups([&](int64_t c, double value) { std::fill_n(square.begin() + c, run, value); });
+    add_up([&](const float *xp, const float *gp) {
+      for (int64_t c = 0; c < channels; ++c) { a[c] += gp[c] * (xp[c] - m[c]); b[c] += gp[c]; }
+    });
+    for (int64_t c = 0; c < channels; ++c) {
+      scale[image * channels + c] = static_cast<float>(sums[c] / std::sqrt(square[c] + epsilon));
+      shift[image * channels + c] = static_cast<float>(sums[channels + c]);
+    }
+  }
+}
+
+// As above where each position is normalised over all its channels (LayerNorm).
+void dpml_layer_norm(const float *x, const float *g, int64_t images, int64_t positions, int64_t channels,
+                     double epsilon, float *scale, float *shift, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t image = 0; image < images; ++image) {
+    float *a = scale + image * channels, *b = shift + image * channels;
+    std::fill_n(a, channels, 0.0f);
+    std::fill_n(b, channels, 0.0f);
+    for (int64_t p = 0; p < positions; ++p) {
+      const float *xp = x + (image * positions + p) * channels, *gp = g + (image * positions + p) * channels;
+      float total = 0, square = 0;
+#pragma omp simd reduction(+ : total)
+      for (int64_t c = 0; c < channels; ++c) total += xp[c];
+      const float mean = total / channels;
+#pragma omp simd reduction(+ : square)
+      for (int64_t c = 0; c < channels; ++c) square += (xp[c] - mean) * (xp[c] - mean);
+      const float factor = static_cast<float>(1 / std::sqrt(square / channels + epsilon));
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) { a[c] += gp[c] * ((xp[c] - mean) * factor); b[c] += gp[c]; }
+    }
+  }
 }
 }

@@ -15,7 +15,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +28,17 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
-_SIZES = ["h", "w", "channels", "oh", "ow", "out", "kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw", "views", "bias"]
+_SIZES = ("h", "w", "channels", "oh", "ow", "out")
+_GEOMETRY = ("kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw", "views", "bias")
+
+
+_switch: ContextVar[bool] = ContextVar("switch", default=True)
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "g")),
-        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_int64) for name in (*_SIZES, *_GEOMETRY)),
         *((name, ctypes.c_void_p) for name in ("standard", "gain", "scale", "unclamped")),
         *((name, ctypes.c_void_p) for name in ("sum", "bias_sum", "gain_sum")),
     ]
@@ -48,21 +54,21 @@ class NativeLayer:
         kernel: (kh, kw); (1, 1) for a linear layer over a sequence.
         stride, padding, dilation: As in `torch.nn.Conv2d`.
         views: Images of each example.
-        standard: For a standardised weight: (without its gain [out, kh, kw, in], gain [out], 1/norm [out], whether
-            that depends on the weight, bool [out]).
+        standard: For a standardised weight: itself without its gain [out, kh, kw, in], the gain [out], the
+            scale [out], and whether that depends on the weight, bool [out].
     """
 
     x: Tensor
     g: Tensor
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     views: int = 1
     standard: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def described(self, sums: Sequence[Tensor | None]) -> _Layer:
-        """For the kernel. `sums`: float64 totals of weight [out, kh, kw, in], bias and gain, where they are."""
+        """For the kernel. `sums`: float64 totals of weight [out, kh, kw, in], bias and gain, or None."""
         weight, bias, gain = sums
         _, h, w, channels = self.x.shape
         _, oh, ow, out = self.g.shape
@@ -123,11 +129,47 @@ def clipped_sums(
     return norms, weights
 
 
-@functools.cache
-def kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it cannot be had."""
-    if os.environ.get("DPML_NO_KERNEL"):
+def norm_rows(x: Tensor, g: Tensor, groups: int | None, epsilon: float) -> tuple[Tensor, Tensor] | None:
+    """The gradients of a normalisation's scale and shift, one for each image, in one pass over the data.
+
+    Args:
+        x: Inputs [images, positions, channels], float32, contiguous.
+        g: Gradients of the outputs, likewise.
+        groups: Of channels, each normalised over all positions; None where each position is normalised apart.
+        epsilon: As in the layer.
+
+    Returns:
+        Σ g·x̂ and Σ g over positions, [images, channels] each; None without a kernel.
+    """
+    library = kernel()
+    if library is None:
         return None
+    images, positions, channels = x.shape
+    scale, shift = x.new_empty(images, channels), x.new_empty(images, channels)
+    data, results = ([ctypes.c_void_p(t.data_ptr()) for t in pair] for pair in ((x, g), (scale, shift)))
+    sizes = [ctypes.c_int64(n) for n in (images, positions, channels, *(() if groups is None else (groups,)))]
+    run = library.dpml_layer_norm if groups is None else library.dpml_group_norm
+    run(*data, *sizes, ctypes.c_double(epsilon), *results, ctypes.c_int64(torch.get_num_threads()))
+    return scale, shift
+
+
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Let the kernel be used, where there is one, or not."""
+    token = _switch.set(on)
+    try:
+        yield
+    finally:
+        _switch.reset(token)
+
+
+def kernel() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where it cannot be had or is switched off."""
+    return None if not _switch.get() or os.environ.get("DPML_NO_KERNEL") else _load()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(_compiled()))
         if library.dpml_layer_bytes() != ctypes.sizeof(_Layer):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -23,8 +23,7 @@ from torch.nn import functional, grad
 
 from dpml.gradients.native import NativeLayer
 
-Pair = tuple[int, int]
-_BLOCK = 128  # examples that are summed in float32 before they are added in float64
+_BLOCK = 256  # examples that are summed in float32 before they are added in float64
 
 
 def margin(dtype: torch.dtype) -> float:
@@ -80,7 +79,7 @@ class Rows:
             if flat.shape[1] <= 1024:
                 total += (weights @ flat.double()).view(total.shape)
                 continue
-            for w, part in zip(weights.split(_BLOCK), flat.split(_BLOCK), strict=True):
+            for w, part in zip(torch.split(weights, _BLOCK), torch.split(flat, _BLOCK), strict=True):
                 total += (w.to(part.dtype) @ part).view(total.shape)
 
     def rows(self) -> list[Tensor]:
@@ -143,7 +142,7 @@ class Outer:
                 Rows((name,), [self._kept]).add_to([total], weights)
             else:
                 scaled = self._g * weights.to(self._g.dtype)[:, None, None]
-                for g, x in zip(scaled.split(_BLOCK), self._x.split(_BLOCK), strict=True):
+                for g, x in zip(torch.split(scaled, _BLOCK), torch.split(self._x, _BLOCK), strict=True):
                     total += g.flatten(0, 1).T @ x.flatten(0, 1)
 
     def rows(self) -> list[Tensor]:
@@ -158,6 +157,30 @@ class Outer:
         return NativeLayer(self._x.contiguous()[:, :, None], self._g.contiguous()[:, :, None])
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How a two-dimensional convolution runs over images.
+
+    Attributes:
+        shape: Of the weight, [o, i/groups, kh, kw].
+        stride, padding, dilation: Of height and width.
+        groups: Of channels.
+    """
+
+    shape: Sequence[int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """Convolution's own, summed over images."""
+        found: Tensor = grad.conv2d_weight(  # type: ignore[no-untyped-call]
+            x, list(self.shape), g, self.stride, self.padding, self.dilation, self.groups
+        )
+        return found
+
+
 class Patches:
     """The weight [o, i/groups, kh, kw] of a two-dimensional convolution, with its bias.
 
@@ -165,26 +188,12 @@ class Patches:
         names: ("weight",), ("bias",) or both.
         x: Inputs [m·views, i, h, w].
         g: Gradients of the outputs [m·views, o, oh, ow].
-        shape: Of the weight.
-        stride, padding, dilation, groups: As in `torch.nn.Conv2d`, numbers.
+        geometry: Of the convolution.
         views: Images of each example.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        x: Tensor,
-        g: Tensor,
-        shape: Sequence[int],
-        stride: Pair,
-        padding: Pair,
-        dilation: Pair,
-        groups: int,
-        views: int,
-    ) -> None:
-        self.names, self._x, self._g, self._shape = names, x, g, tuple(shape)
-        self._stride, self._padding, self._dilation = stride, padding, dilation
-        self._groups, self._views = groups, views
+    def __init__(self, names: Sequence[str], x: Tensor, g: Tensor, geometry: Geometry, views: int) -> None:
+        self.names, self._x, self._g, self._geometry, self._views = names, x, g, geometry, views
         self._kept: Tensor | None = None
 
     def squared_norms(self) -> Tensor:
@@ -197,8 +206,8 @@ class Patches:
         return self._g.flatten(2).sum(dim=2).view(-1, self._views, self._g.shape[1]).sum(dim=1)
 
     def _of_weight(self) -> Tensor:
-        positions = self._g[0, 0].numel() * self._views
-        if self._groups == 1 and gram_is_cheaper(positions, math.prod(self._shape[1:]), self._shape[0]):
+        of, positions = self._geometry, self._g[0, 0].numel() * self._views
+        if of.groups == 1 and gram_is_cheaper(positions, math.prod(of.shape[1:]), of.shape[0]):
             x, g = self._unfolded()
             return gram_norms(x, g)
         self._kept = self._weight()
@@ -206,16 +215,17 @@ class Patches:
 
     def _unfolded(self) -> tuple[Tensor, Tensor]:
         """Patches [m, T, i·kh·kw] and gradients [m, T, o] at all positions of all views."""
+        of = self._geometry
         x = functional.unfold(
-            self._x, self._shape[2:], dilation=self._dilation, padding=self._padding, stride=self._stride
+            self._x, tuple(of.shape[2:]), dilation=of.dilation, padding=of.padding, stride=of.stride
         ).transpose(1, 2)
         g = self._g.flatten(2).transpose(1, 2)
         return by_example(x, self._views), by_example(g, self._views)
 
     def _weight(self) -> Tensor:
         x, g = self._unfolded()
-        x, g = (t.unflatten(2, (self._groups, -1)) for t in (x, g))
-        return torch.einsum("ntgo,ntgi->ngoi", g, x).reshape(len(x), *self._shape)
+        x, g = (t.reshape(*t.shape[:2], self._geometry.groups, -1) for t in (x, g))
+        return torch.einsum("ntgo,ntgi->ngoi", g, x).reshape(len(x), *self._geometry.shape)
 
     def add_to(self, totals: Sequence[Tensor], weights: Tensor) -> None:
         """By convolution's own gradient of the weight, with the outputs' gradients scaled."""
@@ -228,10 +238,8 @@ class Patches:
                 scale = weights.to(self._g.dtype).repeat_interleave(self._views)
                 scaled = self._g * scale[:, None, None, None]
                 block = _BLOCK * self._views
-                for g, x in zip(scaled.split(block), self._x.split(block), strict=True):
-                    total += grad.conv2d_weight(
-                        x, list(self._shape), g, self._stride, self._padding, self._dilation, self._groups
-                    ).view(total.shape)
+                for g, x in zip(torch.split(scaled, block), torch.split(self._x, block), strict=True):
+                    total += self._geometry.weight_gradient(x, g).view(total.shape)
 
     def rows(self) -> list[Tensor]:
         """All of them."""
@@ -239,13 +247,13 @@ class Patches:
 
     def native(self) -> NativeLayer | None:
         """Channels last. Not for groups of channels, which the kernel does not know."""
-        if self._groups != 1 or "weight" not in self.names or not for_kernel(self._x, self._g):
+        of = self._geometry
+        if of.groups != 1 or "weight" not in self.names or not for_kernel(self._x, self._g):
             return None
         x, g = (
             t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1) for t in (self._x, self._g)
         )
-        kernel = (self._shape[2], self._shape[3])
-        return NativeLayer(x, g, kernel, self._stride, self._padding, self._dilation, self._views)
+        return NativeLayer(x, g, tuple(of.shape[2:]), of.stride, of.padding, of.dilation, self._views)
 
 
 class Standardized:
@@ -314,24 +322,19 @@ class Lookup:
         count: n.
     """
 
-    names = ("weight",)
+    names: Sequence[str] = ("weight",)
 
     def __init__(self, indices: Tensor, g: Tensor, count: int) -> None:
         self._indices, self._g, self._count = indices, g, count
 
     def squared_norms(self) -> Tensor:
         """Each row that occurs, summed once: as many as positions, whatever the number of embeddings."""
-        if self._indices.shape[1] == 1:
-            return squares(self._g[:, 0])
+        found = squares(self._g.flatten(1))
         ordered, order = self._indices.sort(dim=1)
-        first = torch.ones_like(ordered, dtype=torch.bool)
-        first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        place = first.cumsum(dim=1) - 1
-        g = self._g.gather(1, order[:, :, None].expand_as(self._g))
-        summed = torch.zeros_like(g).scatter_add_(1, place[:, :, None].expand_as(g), g)
-        # The sum adds the same numbers in another order.
-        raised = margin(g.dtype) * g.norm(dim=2).sum(dim=1)
-        return (squares(summed.flatten(1)).sqrt() + raised.double()).square()
+        [repeated] = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1).nonzero(as_tuple=True)
+        if len(repeated):
+            found[repeated] = _summed_squares(ordered[repeated], order[repeated], self._g[repeated])
+        return found
 
     def add_to(self, totals: Sequence[Tensor], weights: Tensor) -> None:
         """Into the rows that occur."""
@@ -348,9 +351,28 @@ class Lookup:
         return None
 
 
+def _summed_squares(ordered: Tensor, order: Tensor, g: Tensor) -> Tensor:
+    """Squared norms, float64 [m], where gradients of equal indices are added; raised by the margin.
+
+    Args:
+        ordered: Indices in ascending order [m, T].
+        order: Their positions in g [m, T].
+        g: [m, T, d].
+    """
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    place = (first.cumsum(dim=1) - 1)[:, :, None].expand_as(g)
+    moved = g.gather(1, order[:, :, None].expand_as(g))
+    summed = torch.zeros_like(g).scatter_add_(1, place, moved)
+    raised = margin(g.dtype) * torch.linalg.vector_norm(g, dim=2).sum(dim=1)
+    upper: Tensor = squares(summed.flatten(1)).sqrt() + raised.double()
+    return upper.square()
+
+
 def squares(rows: Tensor) -> Tensor:
     """Squared norm of each row, float64 [m]."""
-    return torch.linalg.vector_norm(rows, dim=1).double().square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.double().square()
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
@@ -373,10 +395,11 @@ def gram_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:
 def gram_norms(x: Tensor, g: Tensor) -> Tensor:
     """‖Σₜ gₜxₜᵀ‖², float64 [m], raised by the margin; x [m, T, i] and g [m, T, o]."""
     products = torch.bmm(x, x.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
-    norms = products.sum(dim=(1, 2), dtype=torch.float64).clamp(min=0).sqrt()
-    raised = margin(x.dtype) * (x.norm(dim=2) * g.norm(dim=2)).sum(dim=1)
-    # NaN must survive the clamp, so that the example is found.
-    return (norms + raised.double()).square()
+    norms: Tensor = products.sum(dim=(1, 2), dtype=torch.float64).clamp(min=0).sqrt()  # which keeps NaN
+    lengths = [torch.linalg.vector_norm(t, dim=2) for t in (x, g)]
+    raised = margin(x.dtype) * (lengths[0] * lengths[1]).sum(dim=1)
+    norms += raised
+    return norms.square()
 
 
 def for_kernel(x: Tensor, g: Tensor) -> bool:

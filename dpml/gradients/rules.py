@@ -14,6 +14,7 @@ differentiated again for each example. `tests/dpml/test_layer_rules.py` is the c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from accounting.errors import UserError
+from dpml.gradients import native
 from dpml.gradients.per_example import (
+    Geometry,
     Lookup,
     Outer,
     Patches,
@@ -31,6 +34,7 @@ from dpml.gradients.per_example import (
     Rows,
     Standardized,
     by_example,
+    for_kernel,
 )
 from dpml.models.layers import StandardizedConv2d
 
@@ -74,32 +78,41 @@ def linear(layer: nn.Linear, x: Tensor, g: Tensor, views: int) -> Sequence[PerEx
 
 
 @rule(nn.Conv2d)
-def conv2d(layer: nn.Conv2d, x: Tensor, g: Tensor, views: int) -> Sequence[Patches]:
+def conv2d(layer: nn.Conv2d, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """Any stride, padding, dilation and groups."""
+    return _convolution(layer, x, g, views)
+
+
+def _convolution(layer: nn.Conv2d, x: Tensor, g: Tensor, views: int) -> Sequence[Patches]:
     x, padding = _padded(layer, x)
-    sizes = [(int(a), int(b)) for a, b in (layer.stride, padding, layer.dilation)]
+    geometry = Geometry(layer.weight.shape, layer.stride, padding, layer.dilation, layer.groups)
     names = tuple(n for n in trained(layer) if n in ("weight", "bias"))
-    return [Patches(names, x, g, layer.weight.shape, *sizes, layer.groups, views)]
+    return [Patches(names, x, g, geometry, views)]
 
 
 @rule(nn.Conv1d)
 def conv1d(layer: nn.Conv1d, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """A convolution over images of height 1."""
-    x, [padding] = _padded(layer, x)
+    x, padding = _padded(layer, x)
     shape = (*layer.weight.shape[:2], 1, layer.weight.shape[2])
-    names = tuple(trained(layer))
-    sizes = ((1, layer.stride[0]), (0, int(padding)), (1, layer.dilation[0]))
-    return [Patches(names, x[:, :, None], g[:, :, None], shape, *sizes, layer.groups, views)]
+    geometry = Geometry(
+        shape,
+        (1, *layer.stride),
+        (0, *padding),
+        (1, *layer.dilation),
+        layer.groups,  # of height 1
+    )
+    return [Patches(tuple(trained(layer)), x[:, :, None], g[:, :, None], geometry, views)]
 
 
-def _padded(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, Sequence[int]]:
+def _padded(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input with the padding that a number of zeros on both sides cannot say, and the rest of it."""
     none = (0,) * len(layer.kernel_size)
     if layer.padding_mode != "zeros":
         return functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), none
     if layer.padding == "same":
         return functional.pad(x, layer._reversed_padding_repeated_twice), none
-    return x, none if layer.padding == "valid" else tuple(layer.padding)
+    return x, none if isinstance(layer.padding, str) else layer.padding
 
 
 @rule(StandardizedConv2d)
@@ -108,7 +121,7 @@ def standardized(layer: StandardizedConv2d, x: Tensor, g: Tensor, views: int) ->
     names = tuple(trained(layer))
     if not {"weight", "gain"} <= set(names):
         return _again(layer, x, g, views)
-    [effective] = conv2d(layer, x, g, views)
+    [effective] = _convolution(layer, x, g, views)
     with torch.no_grad():
         v, scale = (t.to(x.dtype) for t in layer.standardized())
     # At the bound, v has not norm 1.
@@ -121,7 +134,7 @@ def embedding(layer: nn.Embedding, x: Tensor, g: Tensor, views: int) -> Sequence
     """Rows of a table; the padding index gets no gradient."""
     if layer.scale_grad_by_freq:
         raise UserError(
-            "An Embedding with scale_grad_by_freq divides by the counts of a whole batch, which mixes examples."
+            "An Embedding with scale_grad_by_freq divides by counts over the batch, which mixes its examples."
         )
     indices = x.reshape(len(x) // views, -1)
     g = g.reshape(*indices.shape, g.shape[-1])
@@ -133,36 +146,52 @@ def embedding(layer: nn.Embedding, x: Tensor, g: Tensor, views: int) -> Sequence
 @rule(nn.GroupNorm)
 def group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """Scale and shift of each channel: Σ g·x̂ and Σ g over positions, x̂ the normalised input."""
+    if for_kernel(x, g) and x.ndim == 4:
+        found = native.norm_rows(channels_last(x), channels_last(g), layer.num_groups, layer.eps)
+        if found is not None:
+            return [_affine(layer, found, views)]
     normal = functional.group_norm(x, layer.num_groups, eps=layer.eps)
     positions = tuple(range(2, x.ndim))
-    return [_affine(layer, normal, g, lambda t: t.sum(dim=positions) if positions else t, views)]
+    return [_affine(layer, [t.sum(dim=positions) if positions else t for t in (g * normal, g)], views)]
 
 
 @rule(nn.LayerNorm)
 def layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """As `group_norm`, with a scale and shift of each place."""
-    normal = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-    return [_affine(layer, normal, g, lambda t: t.reshape(len(t), -1, *layer.normalized_shape).sum(1), views)]
+    shape = list(layer.normalized_shape)
+    if for_kernel(x, g):
+        x, g = (t.reshape(len(t), -1, math.prod(shape)).contiguous() for t in (x, g))
+        found = native.norm_rows(x, g, None, layer.eps)
+        if found is not None:
+            return [_affine(layer, [t.view(-1, *shape) for t in found], views)]
+    x, g = (t.reshape(len(t), -1, *shape) for t in (x, g))
+    normal = functional.layer_norm(x, shape, eps=layer.eps)
+    return [_affine(layer, [t.sum(dim=1) for t in (g * normal, g)], views)]
 
 
 @rule(nn.RMSNorm)
 def rms_norm(layer: nn.RMSNorm, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """A scale of each place."""
     shape = list(layer.normalized_shape)
-    normal = functional.rms_norm(x, shape, eps=layer.eps)
-    return [_affine(layer, normal, g, lambda t: t.reshape(len(t), -1, *shape).sum(1), views)]
+    x, g = (t.reshape(len(t), -1, *shape) for t in (x, g))
+    return [_affine(layer, [(g * functional.rms_norm(x, shape, eps=layer.eps)).sum(dim=1)], views)]
 
 
-def _affine(
-    layer: nn.Module, normal: Tensor, g: Tensor, summed: Callable[[Tensor], Tensor], views: int
-) -> PerExample:
+def channels_last(images: Tensor) -> Tensor:
+    """From [m, channels, height, width] to [m, height·width, channels]."""
+    return images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _affine(layer: nn.Module, rows: Sequence[Tensor], views: int) -> PerExample:
+    """From gradients of weight and bias for each row."""
+    found = dict(zip(("weight", "bias"), rows, strict=False))
     names = tuple(trained(layer))
-    return Rows(names, [_views_summed(summed(g * normal if n == "weight" else g), views) for n in names])
+    return Rows(names, [_views_summed(found[name], views) for name in names])
 
 
 def _views_summed(rows: Tensor, views: int) -> Tensor:
     """From a gradient for each of m·views rows to one for each example."""
-    return rows if views == 1 else rows.unflatten(0, (-1, views)).sum(dim=1)
+    return rows if views == 1 else rows.view(-1, views, *rows.shape[1:]).sum(dim=1)
 
 
 def _by_opacus(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
@@ -182,9 +211,9 @@ def _again(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[PerEx
             result: Tensor = torch.func.functional_call(layer, values, (one[None],))
             return result[0]
 
-        _, pull_back = torch.func.vjp(output, parameters)
-        [found] = pull_back(gradient)
-        return dict(found)
+        pull_back = torch.func.vjp(output, parameters)[1]
+        found: dict[str, Tensor] = pull_back(gradient)[0]
+        return found
 
     rows = torch.func.vmap(single, randomness="error")(x, g)
     return [Rows(tuple(rows), [_views_summed(t.detach(), views) for t in rows.values()])]
