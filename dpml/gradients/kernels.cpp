@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <vector>
@@ -41,6 +42,7 @@ struct Layer {
   int64_t kh, kw, sh, sw, ph, pw, dh, dw;
   int64_t views;                // images of each example
   int64_t bias;                 // whether there is one
+  int64_t rank_one;             // one position, whose gradient g xᵀ is added without ever being computed
   const float *standard, *gain, *scale;  // of a standardised weight [out, kh, kw, in], [out], [out]; or null
   const uint8_t *unclamped;     // [out]: whether the scale depends on the weight
   double *sum, *bias_sum, *gain_sum;     // results: [out, kh, kw, in], [out], [out]
@@ -258,6 +260,105 @@ double gradient(const Layer &l, int64_t example, float *c, const Scratch &scratc
   return square + squared_norm(bias, l.buffer() - l.bias_at());
 }
 
+constexpr int64_t IN_FLOAT = 128;  // examples that a thread adds in float before they are added in double
+constexpr int TOGETHER = 8;  // examples whose rank-one gradients are added at once
+
+// sum += Σ_e weight_e·g_e x_eᵀ over `count` examples.
+void add_rank_one(const Layer &l, const int64_t *examples, const double *weights, int64_t count, float *sum) {
+  constexpr int64_t CHUNK = 16 * LANES;
+  const float *x[TOGETHER];
+  for (int e = 0; e < TOGETHER; ++e) x[e] = l.x + examples[e < count ? e : 0] * l.in;
+  std::vector<float> scaled(l.out * TOGETHER);
+  for (int64_t o = 0; o < l.out; ++o)
+    for (int64_t e = 0; e < count; ++e) {
+      scaled[o * TOGETHER + e] = static_cast<float>(weights[e] * l.g[examples[e] * l.out + o]);
+      if (l.bias) sum[l.bias_at() + o] += scaled[o * TOGETHER + e];
+    }
+  for (int64_t start = 0; start < l.in; start += CHUNK) {
+    const int64_t end = std::min(l.in, start + CHUNK), whole = start + (end - start) / LANES * LANES;
+    for (int64_t o = 0; o < l.out; ++o) {
+      float *to = sum + o * l.width();
+      const float *w = scaled.data() + o * TOGETHER;
+      for (int64_t k = start; k < whole; k += LANES) {
+        Vec total = *reinterpret_cast<const Vec *>(to + k);
+#pragma GCC unroll 8
+        for (int e = 0; e < TOGETHER; ++e) total += w[e] * *reinterpret_cast<const Vec *>(x[e] + k);
+        *reinterpret_cast<Vec *>(to + k) = total;
+      }
+      for (int64_t k = whole; k < end; ++k)
+        for (int e = 0; e < TOGETHER; ++e) to[k] += w[e] * x[e][k];
+    }
+  }
+}
+
+// Where each layer's numbers lie in a buffer for all layers, and how large the other buffers must be.
+struct Plan {
+  const Layer *layers;
+  int64_t count;
+  std::vector<int64_t> at;
+  int64_t computed = 0, all = 0;  // without and with rank-one layers, of which there are sums alone
+  int64_t row = 0, panels = 0, blocks = 0, padded = 0;
+
+  Plan(const Layer *these, int64_t number) : layers(these), count(number), at(number) {
+    for (const int64_t rank_one : {0, 1}) {
+      for (int64_t i = 0; i < count; ++i) {
+        const Layer &l = layers[i];
+        if (l.rank_one != rank_one) continue;
+        at[i] = all;
+        all += round_up(l.buffer(), 16);
+        if (rank_one) continue;
+        row = std::max(row, l.width() + 2 * LANES);
+        panels = std::max(panels, l.tile() * l.width());
+        blocks = std::max(blocks, l.tile() * l.height());
+        if (l.short_rows()) padded = std::max(padded, l.padded());
+      }
+      if (!rank_one) computed = all;
+    }
+  }
+};
+
+struct Clip { const double *squares; const uint8_t *counted; double norm, stabiliser, *norms, *weights; };
+
+// Adds the clipped gradients of examples first … last − 1 to `sum`.
+void add_clipped(const Plan &plan, const Clip &clip, int64_t first, int64_t last, float *sum) {
+  const Buffer one = floats(plan.computed), row = floats(plan.row), panels = floats(plan.panels);
+  const Buffer blocks = floats(plan.blocks), image = floats(plan.padded);
+  const Scratch scratch{row.get(), panels.get(), blocks.get(), image.get()};
+  float *c = one.get();
+  int64_t waiting[TOGETHER], many = 0;
+  double weights[TOGETHER];
+  for (int64_t e = first; e < last; ++e) {
+    double square = clip.squares[e];
+    for (int64_t i = 0; i < plan.count; ++i) {
+      const Layer &l = plan.layers[i];
+      if (l.rank_one) square += (squared_norm(l.x + e * l.in, l.in) + l.bias) * squared_norm(l.g + e * l.out, l.out);
+      else square += gradient(l, e, c + plan.at[i], scratch);
+    }
+    const double norm = clip.norms[e] = std::sqrt(square);
+    double &weight = clip.weights[e] = 0;
+    if (clip.counted[e] && std::isfinite(norm)) {
+      weight = clip.stabiliser > 0 ? clip.norm / (norm + clip.stabiliser) : norm > clip.norm ? clip.norm / norm : 1;
+      const float factor = static_cast<float>(weight);
+#pragma omp simd
+      for (int64_t k = 0; k < plan.computed; ++k) sum[k] += factor * c[k];
+      waiting[many] = e;
+      weights[many++] = weight;
+    }
+    if (many == TOGETHER || (many && e + 1 == last)) {
+      for (int64_t i = 0; i < plan.count; ++i)
+        if (plan.layers[i].rank_one) add_rank_one(plan.layers[i], waiting, weights, many, sum + plan.at[i]);
+      many = 0;
+    }
+  }
+}
+
+// Adds a thread's sums to the totals, for output channel o of a layer.
+void collect(const Layer &l, const float *sum, int64_t o) {
+  for (int64_t k = 0; k < l.patch(); ++k) l.sum[o * l.patch() + k] += sum[o * l.width() + k];
+  if (l.bias) l.bias_sum[o] += sum[l.bias_at() + o];
+  if (l.standard) l.gain_sum[o] += sum[l.gain_at() + o];
+}
+
 }  // namespace
 
 extern "C" {
@@ -268,59 +369,32 @@ int64_t dpml_layer_bytes() { return sizeof(Layer); }
 // `squares` are the examples' squared norms in other layers. Flat: weight = min(1, clip/norm); automatic
 // (stabiliser > 0): clip/(norm + stabiliser). Examples that do not count, or whose norm is not finite, have 0.
 int dpml_clipped_sums(const Layer *layers, int64_t count, int64_t examples, const double *squares,
-                      const uint8_t *counted, double clip, double stabiliser,
-                      double *norms, double *weights, int64_t threads) {
-  int64_t total = 0, row = 0, panels = 0, blocks = 0, padded = 0;
-  std::vector<int64_t> at(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const Layer &l = layers[i];
-    at[i] = total;
-    total += round_up(l.buffer(), 16);
-    row = std::max(row, l.width() + 2 * LANES);
-    panels = std::max(panels, l.tile() * l.width());
-    blocks = std::max(blocks, l.tile() * l.height());
-    if (l.short_rows()) padded = std::max(padded, l.padded());
-  }
+                      const uint8_t *counted, double norm, double stabiliser, double *norms, double *weights,
+                      int64_t threads) {
+  const Plan plan(layers, count);
+  const Clip clip{squares, counted, norm, stabiliser, norms, weights};
   threads = std::max<int64_t>(1, std::min(threads, examples));
   std::vector<Buffer> sums(threads);
   int failed = 0;
+  for (int64_t start = 0; start < examples && !failed; start += threads * IN_FLOAT) {
+    const int64_t n = std::min(examples - start, threads * IN_FLOAT);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(| : failed)
-  for (int64_t t = 0; t < threads; ++t) {
-    try {
-      sums[t] = floats(total);
-      const Buffer one = floats(total), a = floats(row), b = floats(panels), d = floats(blocks), x = floats(padded);
-      const Scratch scratch{a.get(), b.get(), d.get(), x.get()};
-      float *sum = sums[t].get(), *c = one.get();
-      std::memset(sum, 0, total * 4);
-      for (int64_t e = examples * t / threads; e < examples * (t + 1) / threads; ++e) {
-        double square = squares[e];
-        for (int64_t i = 0; i < count; ++i) square += gradient(layers[i], e, c + at[i], scratch);
-        const double norm = norms[e] = std::sqrt(square);
-        weights[e] = 0;
-        if (!counted[e] || !std::isfinite(norm)) continue;
-        weights[e] = stabiliser > 0 ? clip / (norm + stabiliser) : (norm > clip ? clip / norm : 1.0);
-        const float weight = static_cast<float>(weights[e]);
-#pragma omp simd
-        for (int64_t k = 0; k < total; ++k) sum[k] += weight * c[k];
+    for (int64_t t = 0; t < threads; ++t) {
+      try {
+        if (!sums[t]) sums[t] = floats(plan.all);
+        std::memset(sums[t].get(), 0, plan.all * 4);
+        add_clipped(plan, clip, start + n * t / threads, start + n * (t + 1) / threads, sums[t].get());
+      } catch (const std::bad_alloc &) {
+        failed |= 1;
       }
-    } catch (const std::bad_alloc &) {
-      failed |= 1;
     }
-  }
-  if (failed) return 1;
-  for (int64_t i = 0; i < count; ++i) {
-    const Layer &l = layers[i];
+    for (int64_t i = 0; i < count && !failed; ++i) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t o = 0; o < l.out; ++o) {
-      for (int64_t t = 0; t < threads; ++t) {
-        const float *sum = sums[t].get() + at[i];
-        for (int64_t k = 0; k < l.patch(); ++k) l.sum[o * l.patch() + k] += sum[o * l.width() + k];
-        if (l.bias) l.bias_sum[o] += sum[l.bias_at() + o];
-        if (l.standard) l.gain_sum[o] += sum[l.gain_at() + o];
-      }
+      for (int64_t o = 0; o < layers[i].out; ++o)
+        for (int64_t t = 0; t < threads; ++t) collect(layers[i], sums[t].get() + plan.at[i], o);
     }
   }
-  return 0;
+  return failed;
 }
 
 // Gradients of a normalisation's scale and shift, for each image.

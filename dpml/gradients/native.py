@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
 _SIZES = ("h", "w", "channels", "oh", "ow", "out")
-_GEOMETRY = ("kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw", "views", "bias")
+_GEOMETRY = ("kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw", "views", "bias", "rank_one")
 
 
 _switch: ContextVar[bool] = ContextVar("switch", default=True)
@@ -54,6 +54,7 @@ class NativeLayer:
         kernel: (kh, kw); (1, 1) for a linear layer over a sequence.
         stride, padding, dilation: As in `torch.nn.Conv2d`.
         views: Images of each example.
+        rank_one: For a linear layer at a single position, h = w = 1: its gradient is never computed.
         standard: For a standardised weight: itself without its gain [out, kh, kw, in], the gain [out], the
             scale [out], and whether that depends on the weight, bool [out].
     """
@@ -65,6 +66,7 @@ class NativeLayer:
     padding: tuple[int, ...] = (0, 0)
     dilation: tuple[int, ...] = (1, 1)
     views: int = 1
+    rank_one: bool = False
     standard: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def described(self, sums: Sequence[Tensor | None]) -> _Layer:
@@ -88,7 +90,13 @@ class NativeLayer:
         ]
         results = [None if t is None else t.data_ptr() for t in (weight, bias, gain)]
         return _Layer(
-            self.x.data_ptr(), self.g.data_ptr(), *sizes, int(bias is not None), *standard, *results
+            self.x.data_ptr(),
+            self.g.data_ptr(),
+            *sizes,
+            int(bias is not None),
+            int(self.rank_one),
+            *standard,
+            *results,
         )
 
 

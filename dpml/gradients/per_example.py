@@ -151,10 +151,14 @@ class Outer:
         return [weight if name == "weight" else self._bias() for name in self.names]
 
     def native(self) -> NativeLayer | None:
-        """As a convolution of size 1 over T positions."""
-        if self._x.shape[1] == 1 or "weight" not in self.names or not for_kernel(self._x, self._g):
+        """As a convolution of size 1 over T positions; of one position, wide inputs with few outputs alone."""
+        x, g = self._x, self._g
+        if "weight" not in self.names or not for_kernel(x, g):
             return None
-        return NativeLayer(self._x.contiguous()[:, :, None], self._g.contiguous()[:, :, None])
+        single = x.shape[1] == 1
+        if single and not (g.shape[2] <= 32 and x.shape[2] >= 512):
+            return None  # the ordinary gradient of the weight is as quick
+        return NativeLayer(x.contiguous()[:, :, None], g.contiguous()[:, :, None], rank_one=single)
 
 
 @dataclass(frozen=True)
