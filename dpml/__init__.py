@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dpml.data.batches import Examples
     from dpml.data.samplers import PoissonSampler
     from dpml.dpsgd import run_dpsgd, train_dpsgd
-    from dpml.gradients import Clipping, OpacusEngine, cross_entropy
+    from dpml.gradients import BookKeepingEngine, Clipping, OpacusEngine, cross_entropy
     from dpml.mechanism import SampledGaussianMechanism, set_gradients
     from dpml.models import build
     from dpml.noise import GaussianNoise
@@ -44,6 +44,7 @@ _HOMES = {
     "DPSGDRun": "dpml.config",
     "Examples": "dpml.data.batches",
     "GaussianNoise": "dpml.noise",
+    "BookKeepingEngine": "dpml.gradients",
     "OpacusEngine": "dpml.gradients",
     "PoissonSampler": "dpml.data.samplers",
     "PrivacyAccountant": "accounting",
@@ -65,6 +66,7 @@ _HOMES = {
 
 __all__ = [
     "AdaptiveClipping",
+    "BookKeepingEngine",
     "BudgetExceeded",
     "Clipping",
     "DPSGDConfig",

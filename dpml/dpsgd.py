@@ -27,7 +27,7 @@ from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.data import LabeledData, load
 from dpml.data.batches import Examples
 from dpml.data.samplers import PoissonSampler
-from dpml.gradients import Clipping, Engine, Loss, OpacusEngine, cross_entropy
+from dpml.gradients import BookKeepingEngine, Clipping, Engine, Loss, cross_entropy
 from dpml.gradients.engine import plain_sum, trainable_parameters
 from dpml.gradients.models import make_trainable, require_example_losses, require_trainable
 from dpml.mechanism import SampledGaussianMechanism, set_gradients
@@ -129,7 +129,7 @@ def train_dpsgd(
             f"{config.views} views of a record without an augmentation are {config.views} times the same; "
             "choose one (flip-crop), or 1 view."
         )
-    engine = _engine(config)
+    engine = BookKeepingEngine()
     model = (make_trainable(model) if fix_model else model).to(device).train()
     if not config.non_private:
         require_trainable(model, inputs, engine)
@@ -194,13 +194,6 @@ def train_dpsgd(
             average.copy_to(model)
         committed = reservation.committed_event if mechanism is not None else plan
         return report.finish(model, status, committed, name=name, test_set_is_public=test_set_is_public)
-
-
-def _engine(config: DPSGDConfig) -> Engine:
-    """The engine of a run, which must support what the configuration asks for."""
-    if not config.non_private and (config.clipping != "flat" or config.views > 1):
-        raise UserError("The Opacus engine supports flat clipping and one view of each record only.")
-    return OpacusEngine()
 
 
 def _mechanism(

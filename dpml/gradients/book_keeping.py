@@ -28,8 +28,9 @@ from dpml.gradients.engine import (
     example_losses,
     trainable_parameters,
 )
+from dpml.gradients.native import NativeLayer
 from dpml.gradients.per_example import Outer, PerExample, Rows, sum_of
-from dpml.gradients.rules import per_example, trained
+from dpml.gradients.rules import affine, per_example, trained
 from dpml.planning import ENGINE_SLACK
 
 _STABILISER = 0.01  # of automatic clipping
@@ -38,19 +39,32 @@ _TINY = 1e-15  # below, squares in float32 might vanish
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One application of a layer: its inputs, and where to find, then, the gradients of its outputs."""
+    """One application of a layer.
+
+    Attributes:
+        layer: The layer.
+        x: Its inputs.
+        edge: Where the gradients of its outputs are to be found.
+        g: These gradients.
+        found: The gradients of weight and bias for each row, where the backward pass has found them.
+    """
 
     layer: nn.Module
     x: Tensor
     edge: GradientEdge
     g: Tensor | None = None
+    found: tuple[Tensor, ...] | None = None
+
+    def forms(self, views: int) -> Sequence[PerExample]:
+        """The gradients of the layer's own parameters."""
+        if self.found is not None:
+            return [affine(self.layer, self.found, views)]
+        return [] if self.g is None else per_example(self.layer, self.x, self.g, views)
 
     def rows(self, chosen: Tensor) -> _Call:
         """Some of the rows, in float64."""
-        x, g = self.x[chosen], self.g[chosen] if self.g is not None else None
-        return replace(
-            self, x=x.double() if x.is_floating_point() else x, g=None if g is None else g.double()
-        )
+        x, g = self.x[chosen], None if self.g is None else self.g[chosen].double()
+        return replace(self, x=x.double() if x.is_floating_point() else x, g=g, found=None)
 
     def without(self, dropped: Tensor) -> _Call:
         """Zeros in some of the rows."""
@@ -60,7 +74,12 @@ class _Call:
             copy[dropped] = 0
             return copy
 
-        return replace(self, x=cleaned(self.x), g=None if self.g is None else cleaned(self.g))
+        g = None if self.g is None else cleaned(self.g)
+        found = None if self.found is None else tuple(cleaned(t) for t in self.found)
+        return replace(self, x=cleaned(self.x), g=g, found=found)
+
+
+_Placed = tuple[list[int], PerExample]  # the places of a form's parameters in the model's order, and the form
 
 
 class BookKeepingEngine:
@@ -99,8 +118,8 @@ class BookKeepingEngine:
                     total = torch.where(counted, losses, 0.0).sum()
                 with torch.no_grad():
                     calls = recorder.finished(total, len(losses) * batch.views)
-                    norms = sums.add(calls, counted, batch.views)
-                    finite = counted & torch.isfinite(norms)
+                    norms, finite = sums.add(calls, counted, batch.views)
+                    finite &= counted
                     counts["examples"] += int(batch.mask.sum())
                     counts["clipped"] += int((finite & (norms > clipping.norm)).sum())
                     counts["non_finite"] += int((batch.mask & ~finite).sum())
@@ -130,17 +149,19 @@ class _Sums:
             total += (found.permute(0, 3, 1, 2) if found.ndim == 4 else found).reshape(total.shape)
         return self._totals
 
-    def add(self, calls: Sequence[_Call], counted: Tensor, views: int) -> Tensor:
-        """Clip and add a micro-batch. Returns norms, float64 [m]."""
-        everybody = torch.ones_like(counted).repeat_interleave(views)
+    def add(self, calls: Sequence[_Call], counted: Tensor, views: int) -> tuple[Tensor, Tensor]:
+        """Clip and add a micro-batch. Returns norms, float64 [m], and whether they are finite."""
         if self._clipping.norm < _TINY:
+            everybody = torch.ones_like(counted).repeat_interleave(views)
             calls = [call.rows(everybody) for call in calls]
         norms = self._add(calls, counted, views)
-        lost = counted & ~torch.isfinite(norms)
+        finite = torch.isfinite(norms)
+        lost = counted & ~finite
         if bool(lost.any()):  # perhaps squares were too large for float32
             calls = [call.rows(lost.repeat_interleave(views)) for call in calls]
             norms = norms.masked_scatter(lost, self._add(calls, lost[lost], views))
-        return norms
+            finite = torch.isfinite(norms)
+        return norms, finite
 
     def _add(self, calls: Sequence[_Call], counted: Tensor, views: int) -> Tensor:
         forms = self._forms(calls, views)
@@ -150,25 +171,18 @@ class _Sums:
         squared: dict[int, Tensor] = {}  # of each layer that is clipped apart
         for (places, form), layer in zip(forms, described, strict=True):
             if layer is None:
-                group = self._group(places)
-                squared[group] = squared.get(group, 0) + form.squared_norms()
-        together = sum_of(
-            [torch.zeros(len(counted), dtype=torch.float64).to(counted.device), *squared.values()]
-        )
-        weights = self._weights(squared, together.sqrt(), counted)
-        norms = together.sqrt()
+                group, squares = self._group(places), form.squared_norms()
+                squared[group] = squared[group] + squares if group in squared else squares
+        nothing = torch.zeros(len(counted), dtype=torch.float64, device=counted.device)
+        together = sum_of([nothing, *squared.values()])
         if any(layer is not None for layer in described):
-            layers = [
-                (layer, self._kernel_totals(places, form.names, layer))
-                for (places, form), layer in zip(forms, described, strict=True)
-                if layer is not None
-            ]
-            stabiliser = _STABILISER if self._clipping.mode == "automatic" else 0.0
-            norms, shared = native.clipped_sums(layers, together, counted, self._clipping.norm, stabiliser)
+            norms, shared = self._run_kernel(forms, described, together, counted)
             weights = dict.fromkeys(squared, shared)
-        finite = torch.isfinite(norms)
-        if not bool(finite.all()):
-            dropped = ~finite.repeat_interleave(views)
+        else:
+            norms = together.sqrt()
+            weights = self._weights(squared, norms, counted)
+        if not math.isfinite(float(norms.sum())):
+            dropped = ~torch.isfinite(norms).repeat_interleave(views)
             forms = self._forms([call.without(dropped) for call in calls], views)
             for (_, form), layer in zip(forms, described, strict=True):
                 if layer is None:
@@ -191,12 +205,28 @@ class _Sums:
             factors = {group: (limit / squares.sqrt()).clamp(max=1.0) for group, squares in squared.items()}
         return {group: torch.where(usable, factor, 0.0) for group, factor in factors.items()}
 
+    def _run_kernel(
+        self,
+        forms: Sequence[_Placed],
+        described: Sequence[NativeLayer | None],
+        together: Tensor,
+        counted: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Norms over all layers, and weights; adds the gradients of the described layers."""
+        layers = [
+            (layer, self._kernel_totals(places, form.names, layer))
+            for (places, form), layer in zip(forms, described, strict=True)
+            if layer is not None
+        ]
+        stabiliser = _STABILISER if self._clipping.mode == "automatic" else 0.0
+        return native.clipped_sums(layers, together, counted, self._clipping.norm, stabiliser)
+
     def _group(self, places: Sequence[int]) -> int:
         """The layer, where each is clipped apart; else the same for all."""
         return self._layer_of[places[0]] if self._clipping.mode == "per-layer" else 0
 
     def _kernel_totals(
-        self, places: Sequence[int], names: Sequence[str], layer: native.NativeLayer
+        self, places: Sequence[int], names: Sequence[str], layer: NativeLayer
     ) -> list[Tensor | None]:
         """The kernel's totals of weight, bias and gain: those of earlier micro-batches, or new ones."""
         out = layer.g.shape[3]
@@ -208,21 +238,20 @@ class _Sums:
             found[name] = self._of_kernel[place]
         return [found.get(name) for name in ("weight", "bias", "gain")]
 
-    def _forms(self, calls: Sequence[_Call], views: int) -> list[tuple[list[int], PerExample]]:
+    def _forms(self, calls: Sequence[_Call], views: int) -> list[_Placed]:
         """Forms that no two share a parameter of, and the places of their parameters."""
-        forms: list[tuple[list[int], PerExample]] = []
+        forms: list[_Placed] = []
         for call in calls:
-            if call.g is not None:
-                own = trained(call.layer)
-                for form in per_example(call.layer, call.x, call.g, views):
-                    forms.append(([self._place[own[name]] for name in form.names], form))
+            own = trained(call.layer)
+            for form in call.forms(views):
+                forms.append(([self._place[own[name]] for name in form.names], form))
         uses = Counter(place for places, _ in forms for place in places)
         apart = [(p, form) for p, form in forms if all(uses[place] == 1 for place in p)]
         shared = [(p, form) for p, form in forms if any(uses[place] > 1 for place in p)]
         return apart + _joined(shared)
 
 
-def _joined(forms: Sequence[tuple[list[int], PerExample]]) -> list[tuple[list[int], PerExample]]:
+def _joined(forms: Sequence[_Placed]) -> list[_Placed]:
     """Forms that share parameters (tied, or used several times), added up before any norm is taken."""
     if not forms:
         return []
@@ -271,7 +300,11 @@ class _Recorder:
                     f"The layer {type(call.layer).__name__} computed {len(g)} rows for {rows} examples; each "
                     "layer must see the batch as its first dimension."
                 )
-        return [replace(call, g=g) for call, g in zip(calls, gradients, strict=True) if g is not None]
+        return [
+            replace(call, g=g, found=getattr(call.edge.node, "rows", None))
+            for call, g in zip(calls, gradients, strict=True)
+            if g is not None
+        ]
 
 
 @contextmanager
@@ -280,9 +313,15 @@ def _recorded(model: nn.Module) -> Iterator[_Recorder]:
     recorder = _Recorder()
     layers = [layer for layer in model.modules() if trained(layer)]
     handles = [layer.register_forward_hook(recorder, with_kwargs=True) for layer in layers]
+    norms = [layer for layer in layers if type(layer) is nn.GroupNorm and "forward" not in vars(layer)]
+    if native.kernel() is not None:
+        for layer in norms:
+            vars(layer)["forward"] = native.fast_group_norm(layer)  # found before the class's
     try:
         yield recorder
     finally:
+        for layer in norms:
+            vars(layer).pop("forward", None)
         for handle in handles:
             handle.remove()
 

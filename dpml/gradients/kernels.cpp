@@ -133,9 +133,9 @@ void into_blocks(const float *g, int64_t width, int64_t n, float *blocks, float 
   }
 }
 
-// Copies the patch of output position p of an image.
-void unfold(const Layer &l, const float *x, int64_t p, float *to) {
-  const int64_t y0 = p / l.ow * l.sh - l.ph, x0 = p % l.ow * l.sw - l.pw;
+// Copies the patch of an output position of an image.
+void unfold(const Layer &l, const float *x, int64_t oy, int64_t ox, float *to) {
+  const int64_t y0 = oy * l.sh - l.ph, x0 = ox * l.sw - l.pw;
   for (int64_t r = 0; r < l.kh; ++r, to += l.kw * l.in) {
     const int64_t y = y0 + r * l.dh;
     const float *row = x + y * l.w * l.in;
@@ -164,9 +164,9 @@ void pad(const Layer &l, const float *x, float *out) {
 
 // As `unfold`, for short rows of a padded image: each is copied as N whole vectors, and the surplus overwritten.
 template <int N>
-inline void unfold_short(const Layer &l, const float *x, int64_t p, float *to) {
+inline void unfold_short(const Layer &l, const float *x, int64_t oy, int64_t ox, float *to) {
   const int64_t line = (l.w + 2 * l.pw) * l.in, n = l.kw * l.in;
-  const float *from = x + p / l.ow * l.sh * line + p % l.ow * l.sw * l.in;
+  const float *from = x + oy * l.sh * line + ox * l.sw * l.in;
   for (int64_t r = 0; r < l.kh; ++r, to += n, from += l.dh * line)
     for (int v = 0; v < N; ++v)
       *reinterpret_cast<Vec *>(to + v * LANES) = *reinterpret_cast<const Vec *>(from + v * LANES);
@@ -176,15 +176,17 @@ inline void unfold_short(const Layer &l, const float *x, int64_t p, float *to) {
 void patches(const Layer &l, const float *x, int64_t p, int64_t n, float *row, float *panels) {
   const int64_t width = l.width(), patch = l.patch();
   const bool whole = l.plain_patches() && l.in % LANES == 0, few = l.kw * l.in <= LANES;
-  for (int64_t q = 0; q < n; ++q) {
+  int64_t oy = p / l.ow, ox = p % l.ow;
+  for (int64_t q = 0; q < n; ++q, ++ox) {
+    if (ox == l.ow) { ox = 0; ++oy; }
     const float *from = row;
     if (whole) {
       from = x + (p + q) * l.in;
     } else {
       if (l.plain_patches()) std::memcpy(row, x + (p + q) * l.in, l.in * 4);
-      else if (!l.short_rows()) unfold(l, x, p + q, row);
-      else if (few) unfold_short<1>(l, x, p + q, row);
-      else unfold_short<2>(l, x, p + q, row);
+      else if (!l.short_rows()) unfold(l, x, oy, ox, row);
+      else if (few) unfold_short<1>(l, x, oy, ox, row);
+      else unfold_short<2>(l, x, oy, ox, row);
       for (int64_t i = patch; i < width; ++i) row[i] = 0;
     }
     into_panels(from, width, q, n, panels);
@@ -397,54 +399,66 @@ int dpml_clipped_sums(const Layer *layers, int64_t count, int64_t examples, cons
   return failed;
 }
 
-// Gradients of a normalisation's scale and shift, for each image.
-// x and g: [images, positions, channels]; each image's `groups` runs of channels are normalised over all
-// positions (GroupNorm). Sets scale and shift [images, channels] to Σ g·(x − mean)/deviation and Σ g.
-void dpml_group_norm(const float *x, const float *g, int64_t images, int64_t positions, int64_t channels,
-                     int64_t groups, double epsilon, float *scale, float *shift, int64_t threads) {
+// The backward pass of a GroupNorm: the gradients of its input, and those of scale and shift for each image.
+// x, g and dx: [images, positions, channels]; mean and factor (1/deviation): [images, groups]; weight [channels].
+// Sets scale and shift [images, channels] to Σ g·(x − mean)·factor and Σ g over positions.
+int dpml_group_norm_backward(const float *x, const float *g, const float *mean, const float *factor,
+                             const float *weight, int64_t images, int64_t positions, int64_t channels,
+                             int64_t groups, float *dx, float *scale, float *shift, int64_t threads) {
   const int64_t run = channels / groups;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t image = 0; image < images; ++image) {
-    const float *xi = x + image * positions * channels, *gi = g + image * positions * channels;
-    std::vector<float> mean(channels), part(2 * channels);
-    std::vector<double> sums(2 * channels), square(channels);
-    // Sums of 64 positions in float, of those in double; three passes, of which two find x in the cache.
-    const auto add_up = [&](auto &&term) {
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  try {
+    const Buffer numbers = floats(6 * round_up(channels, LANES));
+    float *m = numbers.get(), *a = m + round_up(channels, LANES), *b = a + round_up(channels, LANES);
+    float *of_g = b + round_up(channels, LANES), *of_x = of_g + round_up(channels, LANES);
+    float *rest = of_x + round_up(channels, LANES);
+    std::vector<double> sums(2 * channels);
+#pragma omp for schedule(static)
+    for (int64_t image = 0; image < images; ++image) {
+      const float *xi = x + image * positions * channels, *gi = g + image * positions * channels;
+      for (int64_t c = 0; c < channels; ++c) m[c] = mean[image * groups + c / run];
       std::fill(sums.begin(), sums.end(), 0.0);
-      for (int64_t start = 0; start < positions; start += 64) {
-        std::fill(part.begin(), part.end(), 0.0f);
-        for (int64_t p = start; p < std::min(positions, start + 64); ++p) term(xi + p * channels, gi + p * channels);
-        for (int64_t c = 0; c < 2 * channels; ++c) sums[c] += part[c];
+      for (int64_t start = 0; start < positions; start += 64) {  // 64 positions in float, all of them in double
+        std::memset(a, 0, channels * 4);
+        std::memset(b, 0, channels * 4);
+        for (int64_t p = start; p < std::min(positions, start + 64); ++p) {
+          const float *xp = xi + p * channels, *gp = gi + p * channels;
+#pragma omp simd
+          for (int64_t c = 0; c < channels; ++c) { a[c] += gp[c] * (xp[c] - m[c]); b[c] += gp[c]; }
+        }
+        for (int64_t c = 0; c < channels; ++c) { sums[c] += a[c]; sums[channels + c] += b[c]; }
       }
-    };
-    const auto over_groups = [&](auto &&of_group) {
-      for (int64_t c = 0; c < channels; c += run) {
-        double total = 0;
-        for (int64_t i = c; i < c + run; ++i) total += sums[i];
-        of_group(c, total / (run * positions));
+      for (int64_t first = 0; first < channels; first += run) {
+        const double f = factor[image * groups + first / run];
+        double along = 0, total = 0;
+        for (int64_t c = first; c < first + run; ++c) {
+          along += weight[c] * f * sums[c] / (run * positions);
+          total += weight[c] * sums[channels + c] / (run * positions);
+        }
+        for (int64_t c = first; c < first + run; ++c) {
+          scale[image * channels + c] = static_cast<float>(f * sums[c]);
+          shift[image * channels + c] = static_cast<float>(sums[channels + c]);
+          of_g[c] = static_cast<float>(f * weight[c]);
+          of_x[c] = static_cast<float>(-f * f * along);
+          rest[c] = static_cast<float>(-f * total);
+        }
       }
-    };
-    float *a = part.data(), *b = part.data() + channels;
-    const float *m = mean.data();
-    add_up([&](const float *xp, const float *) {
-      for (int64_t c = 0; c < channels; ++c) a[c] += xp[c];
-    });
-    over_groups([&](int64_t c, double value) { std::fill_n(mean.begin() + c, run, static_cast<float>(value)); });
-    add_up([&](const float *xp, const float *) {
-      for (int64_t c = 0; c < channels; ++c) a[c] += (xp[c] - m[c]) * (xp[c] - m[c]);
-    });
-    over_groups([&](int64_t c, double value) { std::fill_n(square.begin() + c, run, value); });
-    add_up([&](const float *xp, const float *gp) {
-      for (int64_t c = 0; c < channels; ++c) { a[c] += gp[c] * (xp[c] - m[c]); b[c] += gp[c]; }
-    });
-    for (int64_t c = 0; c < channels; ++c) {
-      scale[image * channels + c] = static_cast<float>(sums[c] / std::sqrt(square[c] + epsilon));
-      shift[image * channels + c] = static_cast<float>(sums[channels + c]);
+      for (int64_t p = 0; p < positions; ++p) {
+        const float *xp = xi + p * channels, *gp = gi + p * channels;
+        float *to = dx + (image * positions + p) * channels;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) to[c] = of_g[c] * gp[c] + of_x[c] * (xp[c] - m[c]) + rest[c];
+      }
     }
+  } catch (const std::bad_alloc &) {
+    failed |= 1;
   }
+  return failed;
 }
 
-// As above where each position is normalised over all its channels (LayerNorm).
+// The gradients of a LayerNorm's scale and shift for each image: Σ g·(x − mean)/deviation and Σ g over positions,
+// each of which is normalised over its channels. x and g: [images, positions, channels].
 void dpml_layer_norm(const float *x, const float *g, int64_t images, int64_t positions, int64_t channels,
                      double epsilon, float *scale, float *shift, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -15,15 +15,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pooch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -123,7 +124,7 @@ def clipped_sums(
     assert library is not None  # noqa: S101 - the caller asks first
     described = (_Layer * len(layers))(*(layer.described(sums) for layer, sums in layers))
     norms, weights = torch.empty_like(squares), torch.empty_like(squares)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (squares.contiguous(), counted, norms, weights)]
+    pointers = _pointers(squares, counted, norms, weights)
     failed = library.dpml_clipped_sums(
         described,
         *(ctypes.c_int64(n) for n in (len(layers), len(squares))),
@@ -137,13 +138,12 @@ def clipped_sums(
     return norms, weights
 
 
-def norm_rows(x: Tensor, g: Tensor, groups: int | None, epsilon: float) -> tuple[Tensor, Tensor] | None:
-    """The gradients of a normalisation's scale and shift, one for each image, in one pass over the data.
+def layer_norm_rows(x: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, Tensor] | None:
+    """The gradients of a LayerNorm's weight and bias, one for each image, in one pass over the data.
 
     Args:
         x: Inputs [images, positions, channels], float32, contiguous.
         g: Gradients of the outputs, likewise.
-        groups: Of channels, each normalised over all positions; None where each position is normalised apart.
         epsilon: As in the layer.
 
     Returns:
@@ -154,11 +154,77 @@ def norm_rows(x: Tensor, g: Tensor, groups: int | None, epsilon: float) -> tuple
         return None
     images, positions, channels = x.shape
     scale, shift = x.new_empty(images, channels), x.new_empty(images, channels)
-    data, results = ([ctypes.c_void_p(t.data_ptr()) for t in pair] for pair in ((x, g), (scale, shift)))
-    sizes = [ctypes.c_int64(n) for n in (images, positions, channels, *(() if groups is None else (groups,)))]
-    run = library.dpml_layer_norm if groups is None else library.dpml_group_norm
-    run(*data, *sizes, ctypes.c_double(epsilon), *results, ctypes.c_int64(torch.get_num_threads()))
+    library.dpml_layer_norm(
+        *_pointers(x, g),
+        *(ctypes.c_int64(n) for n in (images, positions, channels)),
+        ctypes.c_double(epsilon),
+        *_pointers(scale, shift),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
     return scale, shift
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """GroupNorm with a backward pass that also finds the gradients of weight and bias for each image.
+
+    They are left in the attribute `rows` of the node, [images, channels] each. Inputs: x, channels last;
+    weight, bias, number of groups, epsilon.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float) -> Tensor:
+        """PyTorch's own."""
+        images, channels, height, width = x.shape
+        y, mean, factor = torch.native_group_norm(
+            x, weight, bias, images, channels, height * width, groups, epsilon
+        )
+        ctx.save_for_backward(x, weight, mean, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """One pass for the sums, one for the input's gradient."""
+        x, weight, mean, factor = ctx.saved_tensors
+        images, channels, height, width = x.shape
+        g = gradients[0].contiguous(memory_format=torch.channels_last)
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
+        scale, shift = x.new_empty(images, channels), x.new_empty(images, channels)
+        sizes = (images, height * width, channels, mean.shape[1])
+        library = _load()
+        assert library is not None  # noqa: S101 - or this function would not have been chosen
+        failed = library.dpml_group_norm_backward(
+            *_pointers(x, g, mean, factor, weight),
+            *(ctypes.c_int64(n) for n in sizes),
+            *_pointers(dx, scale, shift),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        if failed:
+            raise MemoryError("Not enough memory for the backward pass of a GroupNorm.")
+        ctx.rows = (scale, shift)
+        return dx, None, None, None, None
+
+
+def fast_group_norm(layer: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
+    """The layer's forward pass, with `GroupNormFunction` where that can be."""
+
+    def forward(x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or not torch.is_grad_enabled():
+            return nn.GroupNorm.forward(layer, x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not x.permute(
+            0, 2, 3, 1
+        ).is_contiguous():  # one channel or one pixel, which count as either format
+            return nn.GroupNorm.forward(layer, x)
+        y: Tensor = GroupNormFunction.apply(  # type: ignore[no-untyped-call]
+            x, layer.weight, layer.bias, layer.num_groups, layer.eps
+        )
+        return y
+
+    return forward
+
+
+def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
 
 
 @contextmanager

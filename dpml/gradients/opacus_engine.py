@@ -1,4 +1,4 @@
-"""The first engine: per-example gradients by Opacus's layer rules, clipped and summed in float64."""
+"""Another engine: per-example gradients by Opacus's layer rules, clipped and summed in float64."""
 
 from __future__ import annotations
 
@@ -39,12 +39,20 @@ class OpacusEngine:
         self, model: nn.Module, loss: Loss, batches: Iterable[MicroBatch], clipping: Clipping
     ) -> ClippedSum:
         """Sum the clipped gradients of all examples; see `Engine.clipped_sum`."""
+        if clipping.mode != "flat":
+            raise UserError(
+                f"The Opacus engine clips flat, not {clipping.mode!r}; use BookKeepingEngine for that."
+            )
         parameters = trainable_parameters(model)
         totals = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
         counts: Counter[str] = Counter(examples=0, clipped=0, non_finite=0)
         sums = {"loss_sum": 0.0, "norm_sum": 0.0}
         with _per_example(model) as hooked:
             for batch in batches:
+                if batch.views != 1:
+                    raise UserError(
+                        "The Opacus engine takes one view of each example; use BookKeepingEngine."
+                    )
                 losses = example_losses(loss, hooked(batch.inputs), batch)
                 # Padding and non-finite losses are selected away: a product with zero would keep NaN.
                 counted = batch.mask & torch.isfinite(losses.detach())

@@ -5,9 +5,10 @@ squared norms and add their weighted sum to totals, each by whichever way is che
 holding m gradients (Goodfellow 2015; Li et al. 2022; Bu et al. 2022).
 
 Whatever is summed must be what was clipped. Where norm and sum are computed from the same numbers (`Rows`,
-and the compiled kernel), any rounding is in both. Where they take different routes, the rounding of a sum
-over positions is relative to Σₜ ‖xₜ‖·‖gₜ‖, which may be far above the norm of what it adds up to; so the
-norm is then raised by `MARGIN` times that, and the gradient is clipped a little more.
+and the compiled kernel), any rounding is in both. Where they take different routes (Gram matrices), the
+rounding of either is relative to Σₜ ‖xₜ‖·‖gₜ‖, which may be far above the norm of what it adds up to. So the
+norm is raised by `margin` times that, and the gradient is clipped a little more; and examples whose terms
+cancel by more than a factor of `CANCELLING` are computed apart, one by one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch.nn import functional, grad
 
 from dpml.gradients.native import NativeLayer
 
-_BLOCK = 256  # examples that are summed in float32 before they are added in float64
+CANCELLING = 64.0
+_BLOCK = 64  # examples that are summed in float32 before they are added in float64
 
 
 def margin(dtype: torch.dtype) -> float:
@@ -106,6 +108,7 @@ class Outer:
     def __init__(self, names: Sequence[str], x: Tensor, g: Tensor) -> None:
         self.names, self._x, self._g = names, x, g
         self._kept: Tensor | None = None
+        self._apart: Apart | None = None
 
     @classmethod
     def joined(cls, forms: Sequence[Outer]) -> Outer:
@@ -131,7 +134,8 @@ class Outer:
         if not gram_is_cheaper(x.shape[1], x.shape[2], g.shape[2]):
             self._kept = g.transpose(1, 2) @ x
             return squares(self._kept.flatten(1))
-        return gram_norms(x, g)
+        found, self._apart = gram_norms(x, g)
+        return found
 
     def add_to(self, totals: Sequence[Tensor], weights: Tensor) -> None:
         """The ordinary gradient of the weight, with the outputs' gradients scaled."""
@@ -142,6 +146,8 @@ class Outer:
                 Rows((name,), [self._kept]).add_to([total], weights)
             else:
                 scaled = self._g * weights.to(self._g.dtype)[:, None, None]
+                if self._apart is not None:
+                    self._apart.add_to(total, weights, scaled)
                 for g, x in zip(torch.split(scaled, _BLOCK), torch.split(self._x, _BLOCK), strict=True):
                     total += g.flatten(0, 1).T @ x.flatten(0, 1)
 
@@ -151,7 +157,7 @@ class Outer:
         return [weight if name == "weight" else self._bias() for name in self.names]
 
     def native(self) -> NativeLayer | None:
-        """As a convolution of size 1 over T positions; of one position, wide inputs with few outputs alone."""
+        """As a convolution of size 1; of one position, wide inputs with few outputs alone."""
         x, g = self._x, self._g
         if "weight" not in self.names or not for_kernel(x, g):
             return None
@@ -199,6 +205,7 @@ class Patches:
     def __init__(self, names: Sequence[str], x: Tensor, g: Tensor, geometry: Geometry, views: int) -> None:
         self.names, self._x, self._g, self._geometry, self._views = names, x, g, geometry, views
         self._kept: Tensor | None = None
+        self._apart: Apart | None = None
 
     def squared_norms(self) -> Tensor:
         """By Gram matrices of the patches, or by computing the gradients."""
@@ -212,8 +219,8 @@ class Patches:
     def _of_weight(self) -> Tensor:
         of, positions = self._geometry, self._g[0, 0].numel() * self._views
         if of.groups == 1 and gram_is_cheaper(positions, math.prod(of.shape[1:]), of.shape[0]):
-            x, g = self._unfolded()
-            return gram_norms(x, g)
+            found, self._apart = gram_norms(*self._unfolded())
+            return found
         self._kept = self._weight()
         return squares(self._kept.flatten(1))
 
@@ -241,6 +248,9 @@ class Patches:
             else:
                 scale = weights.to(self._g.dtype).repeat_interleave(self._views)
                 scaled = self._g * scale[:, None, None, None]
+                if self._apart is not None:
+                    images = scaled.view(len(weights), self._views, *scaled.shape[1:])
+                    self._apart.add_to(total, weights, images)
                 block = _BLOCK * self._views
                 for g, x in zip(torch.split(scaled, block), torch.split(self._x, block), strict=True):
                     total += self._geometry.weight_gradient(x, g).view(total.shape)
@@ -396,14 +406,43 @@ def gram_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:
     )
 
 
-def gram_norms(x: Tensor, g: Tensor) -> Tensor:
-    """‖Σₜ gₜxₜᵀ‖², float64 [m], raised by the margin; x [m, T, i] and g [m, T, o]."""
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """Examples whose terms cancel: their gradients are computed, so that the norm is that of what is summed.
+
+    Attributes:
+        chosen: Their numbers, int64 [k].
+        rows: Their gradients, [k, o, i].
+    """
+
+    chosen: Tensor
+    rows: Tensor
+
+    def add_to(self, total: Tensor, weights: Tensor, scaled: Tensor) -> None:
+        """Add them to `total`, and take them out of the scaled gradients [m, …] of which the rest is made."""
+        total += torch.tensordot(weights[self.chosen], self.rows.double(), dims=1).view(total.shape)
+        scaled[self.chosen] = 0
+
+
+def gram_norms(x: Tensor, g: Tensor) -> tuple[Tensor, Apart | None]:
+    """‖Σₜ gₜxₜᵀ‖², float64 [m], raised by the margin; and the examples whose terms cancel, if there are any.
+
+    Args:
+        x: [m, T, i].
+        g: [m, T, o].
+    """
     products = torch.bmm(x, x.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
     norms: Tensor = products.sum(dim=(1, 2), dtype=torch.float64).clamp(min=0).sqrt()  # which keeps NaN
     lengths = [torch.linalg.vector_norm(t, dim=2) for t in (x, g)]
-    raised = margin(x.dtype) * (lengths[0] * lengths[1]).sum(dim=1)
-    norms += raised
-    return norms.square()
+    terms = (lengths[0] * lengths[1]).sum(dim=1).double()
+    [chosen] = (terms > CANCELLING * norms).nonzero(as_tuple=True)
+    norms += margin(x.dtype) * terms
+    found = norms.square()
+    if not len(chosen):
+        return found, None
+    rows = g[chosen].transpose(1, 2) @ x[chosen]
+    found[chosen] = squares(rows.flatten(1))
+    return found, Apart(chosen, rows)
 
 
 def for_kernel(x: Tensor, g: Tensor) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleModule
+from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -66,11 +67,15 @@ def per_example(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[
 
 
 def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters that a layer itself owns, by name."""
-    return {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
+    """The trainable parameters that a layer itself owns, by name; not those of layers in it that it shows."""
+    own = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
+    if not own:
+        return own
+    inner = {p for child in layer.children() for p in child.parameters()}
+    return {name: p for name, p in own.items() if p not in inner}
 
 
-@rule(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+@rule(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, RNNLinear)
 def linear(layer: nn.Linear, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """Y = Wx + b at each position."""
     x, g = (by_example(t.reshape(len(t), -1, t.shape[-1]), views) for t in (x, g))
@@ -146,13 +151,9 @@ def embedding(layer: nn.Embedding, x: Tensor, g: Tensor, views: int) -> Sequence
 @rule(nn.GroupNorm)
 def group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """Scale and shift of each channel: Σ g·x̂ and Σ g over positions, x̂ the normalised input."""
-    if for_kernel(x, g) and x.ndim == 4:
-        found = native.norm_rows(channels_last(x), channels_last(g), layer.num_groups, layer.eps)
-        if found is not None:
-            return [_affine(layer, found, views)]
     normal = functional.group_norm(x, layer.num_groups, eps=layer.eps)
     positions = tuple(range(2, x.ndim))
-    return [_affine(layer, [t.sum(dim=positions) if positions else t for t in (g * normal, g)], views)]
+    return [affine(layer, [t.sum(dim=positions) if positions else t for t in (g * normal, g)], views)]
 
 
 @rule(nn.LayerNorm)
@@ -161,12 +162,12 @@ def layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor, views: int) -> Sequenc
     shape = list(layer.normalized_shape)
     if for_kernel(x, g):
         x, g = (t.reshape(len(t), -1, math.prod(shape)).contiguous() for t in (x, g))
-        found = native.norm_rows(x, g, None, layer.eps)
+        found = native.layer_norm_rows(x, g, layer.eps)
         if found is not None:
-            return [_affine(layer, [t.view(-1, *shape) for t in found], views)]
+            return [affine(layer, [t.view(-1, *shape) for t in found], views)]
     x, g = (t.reshape(len(t), -1, *shape) for t in (x, g))
     normal = functional.layer_norm(x, shape, eps=layer.eps)
-    return [_affine(layer, [t.sum(dim=1) for t in (g * normal, g)], views)]
+    return [affine(layer, [t.sum(dim=1) for t in (g * normal, g)], views)]
 
 
 @rule(nn.RMSNorm)
@@ -174,16 +175,11 @@ def rms_norm(layer: nn.RMSNorm, x: Tensor, g: Tensor, views: int) -> Sequence[Pe
     """A scale of each place."""
     shape = list(layer.normalized_shape)
     x, g = (t.reshape(len(t), -1, *shape) for t in (x, g))
-    return [_affine(layer, [(g * functional.rms_norm(x, shape, eps=layer.eps)).sum(dim=1)], views)]
+    return [affine(layer, [(g * functional.rms_norm(x, shape, eps=layer.eps)).sum(dim=1)], views)]
 
 
-def channels_last(images: Tensor) -> Tensor:
-    """From [m, channels, height, width] to [m, height·width, channels]."""
-    return images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _affine(layer: nn.Module, rows: Sequence[Tensor], views: int) -> PerExample:
-    """From gradients of weight and bias for each row."""
+def affine(layer: nn.Module, rows: Sequence[Tensor], views: int) -> PerExample:
+    """From the gradients of weight and bias for each of m·views rows."""
     found = dict(zip(("weight", "bias"), rows, strict=False))
     names = tuple(trained(layer))
     return Rows(names, [_views_summed(found[name], views) for name in names])

@@ -45,8 +45,8 @@ class Case:
 
 
 CASES = [
-    Case("mnist-cnn", 256, 128),
-    Case("mnist-cnn", 1024, 128),
+    Case("mnist-cnn", 256, 256),
+    Case("mnist-cnn", 1024, 256),
     Case("cifar-cnn", 256, 64),
     Case("cifar-cnn", 1024, 64),
     Case("linear-3969", 256, 256),
@@ -54,7 +54,7 @@ CASES = [
     Case("linear-15552", 256, 256),
     Case("linear-15552", 1024, 1024),
     # Rounding moves some of its ReLUs across their kink, which changes an example's gradient by up to 1%.
-    Case("wrn-16-4", 64, 64, tolerance=1e-2),
+    Case("wrn-16-4", 64, 16, tolerance=1e-2),
     Case("transformer", 64, 64),
 ]
 

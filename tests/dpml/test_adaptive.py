@@ -23,7 +23,7 @@ from dpml.config import DPSGDConfig
 from dpml.data.batches import Examples
 from dpml.data.samplers import PoissonSampler
 from dpml.dpsgd import train_dpsgd
-from dpml.gradients import ClippedSum, Clipping, OpacusEngine, cross_entropy
+from dpml.gradients import BookKeepingEngine, ClippedSum, Clipping, cross_entropy
 from dpml.mechanism import SampledGaussianMechanism
 from dpml.noise import GaussianNoise
 from dpml.outputs import read_events
@@ -37,7 +37,7 @@ STEPS = 480
 def run(**settings):
     """An adaptive run, and the clip norm of each step as the engine was given it."""
     norms = []
-    engine_sum = OpacusEngine.clipped_sum
+    engine_sum = BookKeepingEngine.clipped_sum
 
     def recorded(self, model, loss, batches, clipping):
         if len(batches := list(batches)) == 0 or batches[0].inputs.shape[1:] == (RECORDS,):
@@ -45,7 +45,7 @@ def run(**settings):
         return engine_sum(self, model, loss, batches, clipping)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OpacusEngine, "clipped_sum", recorded)
+        patch.setattr(BookKeepingEngine, "clipped_sum", recorded)
         settings = {"epochs": STEPS // 4, "clip_norm": START, "clip_quantile": QUANTILE, **settings}
         seen = observe(**settings)
     return seen, np.array(norms[-len(seen.sums) :])
@@ -258,7 +258,7 @@ def _made(norm=1.0, quantile=0.5, batch_size=10, noise_multiplier=1.0, q=0.25, e
         PoissonSampler(40, q, Randomness.from_seed(0, "sampling")),
         AdaptiveClipping(norm, quantile, batch_size, deviation),
         GaussianNoise(noise_multiplier, Randomness.from_seed(0, "noise")),
-        engine or OpacusEngine(),
+        engine or BookKeepingEngine(),
     )
 
 
@@ -365,13 +365,13 @@ def test_mistakes_get_one_line(change):
 def test_plan_mechanism_and_the_paper_agree(noise, batch_size):
     sampling = SamplingPlan.of(examples=10 * batch_size, batch_size=batch_size, epochs=2)
     mechanism = _made(noise_multiplier=noise, batch_size=batch_size, q=0.1)
-    plan = sampling.event(noise, OpacusEngine.slack, adaptive_clip=True)
+    plan = sampling.event(noise, BookKeepingEngine.slack, adaptive_clip=True)
     assert mechanism.plan(20) == plan
     deviation = max(batch_size / 20, 2.5 * noise)
-    parts = Composed([Gaussian(noise / (1 + OpacusEngine.slack)), Gaussian(2 * deviation)])
+    parts = Composed([Gaussian(noise / (1 + BookKeepingEngine.slack)), Gaussian(2 * deviation)])
     assert plan == Repeated(PoissonSampled(parts, 0.1), 20)
     # Andrew et al. 2021, Theorem 1: the two amount to one Gaussian on the same sample.
-    together = ((noise / (1 + OpacusEngine.slack)) ** -2 + (2 * deviation) ** -2) ** -0.5
+    together = ((noise / (1 + BookKeepingEngine.slack)) ** -2 + (2 * deviation) ** -2) ** -0.5
     assert together > 0.98 * noise
     one = PrivacyAccountant()
     one.record(Repeated(PoissonSampled(Gaussian(together), 0.1), 20))

@@ -16,7 +16,7 @@ from dpml.augmentation import flip_crop, require_independent_rows
 from dpml.config import DPSGDConfig
 from dpml.data.batches import Examples
 from dpml.dpsgd import train_dpsgd
-from dpml.gradients.opacus_engine import OpacusEngine
+from dpml.gradients import BookKeepingEngine
 
 SIDE = 6
 
@@ -28,7 +28,7 @@ def images(n=20, seed=0):
 
 def train(monkeypatch=None, *, augment=None, train_set=None, **changed):
     if monkeypatch is not None:
-        monkeypatch.setattr("dpml.dpsgd._engine", lambda _: OneByOne())
+        monkeypatch.setattr("dpml.dpsgd.BookKeepingEngine", OneByOne)
     settings = {
         "noise_multiplier": 1.0,
         "delta": 1e-3,
@@ -273,7 +273,7 @@ def test_without_privacy_too():
 @pytest.mark.parametrize("mode", ["flat", "per-layer", "automatic"])
 @pytest.mark.parametrize("views", [1, 3])
 def test_one_record_moves_the_sum_by_at_most_the_clip_norm(monkeypatch, mode, views):
-    monkeypatch.setattr("dpml.dpsgd._engine", lambda _: OneByOne())
+    monkeypatch.setattr("dpml.dpsgd.BookKeepingEngine", OneByOne)
     settings = {"views": views, "clipping": mode, "epochs": 10, "insecure_noise_seed": 3}
     if views > 1:  # the same in all views, which keeps each record's gradient known
         monkeypatch.setattr("dpml.dpsgd.AUGMENTATIONS", {"flip-crop": lambda x: x})
@@ -284,14 +284,14 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm(monkeypatch, mode, vi
     np.testing.assert_allclose(seen.sums, np.hstack([expected, expected]), rtol=0, atol=1e-6)
     # C is the sensitivity of each mode, so noise and event are the same.
     check_noise((seen.updates * RECORDS / 4 - seen.sums) / CLIP_NORM)
-    assert seen.result.planned.event.event.noise_multiplier == 1 / (1 + OpacusEngine.slack)
+    assert seen.result.planned.event.event.noise_multiplier == 1 / (1 + BookKeepingEngine.slack)
     assert seen.result.summary["config"]["clipping"] == mode
 
 
 def test_the_adaptive_norm_is_the_same_with_another_engine(monkeypatch):
     settings = {"clip_quantile": 0.5, "epochs": 5, "insecure_noise_seed": 4}
     fast = observe(**settings)
-    monkeypatch.setattr("dpml.dpsgd._engine", lambda _: OneByOne())
+    monkeypatch.setattr("dpml.dpsgd.BookKeepingEngine", OneByOne)
     slow = observe(**settings)
     np.testing.assert_allclose(fast.updates, slow.updates, rtol=0, atol=1e-6)
 

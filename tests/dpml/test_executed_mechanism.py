@@ -20,8 +20,8 @@ from accounting.budget import ReservationError
 from dpml import dpsgd, mechanism
 from dpml.data.batches import Examples
 from dpml.data.samplers import PoissonSampler
+from dpml.gradients import BookKeepingEngine
 from dpml.gradients.engine import ClippedSum, Clipping, plain_sum, trainable_parameters
-from dpml.gradients.opacus_engine import OpacusEngine
 from dpml.mechanism import SampledGaussianMechanism
 from dpml.noise import GaussianNoise
 from dpml.randomness import Randomness
@@ -118,7 +118,7 @@ def test_the_seed_of_a_run_fixes_no_noise():
 _draw = GaussianNoise.draw
 _release = SampledGaussianMechanism.release
 _mechanism_sum = SampledGaussianMechanism.clipped_sum
-_engine_sum = OpacusEngine.clipped_sum
+_engine_sum = BookKeepingEngine.clipped_sum
 _sample = PoissonSampler.sample
 _micro_batches = Examples.micro_batches
 
@@ -252,7 +252,7 @@ def _clip_norm(factor: float) -> Fault:
         def clipped_sum(self, model, loss, batches, clipping):
             return _engine_sum(self, model, loss, batches, Clipping(factor * clipping.norm))
 
-        patch.setattr(OpacusEngine, "clipped_sum", clipped_sum)
+        patch.setattr(BookKeepingEngine, "clipped_sum", clipped_sum)
 
     return plant
 
@@ -261,7 +261,7 @@ def _clipping_left_out(patch: Patch) -> None:
     def clipped_sum(self, model, loss, batches, _):
         return replace(plain_sum(model, loss, batches), slack=self.slack)
 
-    patch.setattr(OpacusEngine, "clipped_sum", clipped_sum)
+    patch.setattr(BookKeepingEngine, "clipped_sum", clipped_sum)
 
 
 def _clipped_per_micro_batch(patch: Patch) -> None:
@@ -274,7 +274,7 @@ def _clipped_per_micro_batch(patch: Patch) -> None:
                 total += part * min(1.0, clipping.norm / norm)
         return ClippedSum(totals, self.slack)
 
-    patch.setattr(OpacusEngine, "clipped_sum", clipped_sum)
+    patch.setattr(BookKeepingEngine, "clipped_sum", clipped_sum)
 
 
 def _clipped_per_parameter(patch: Patch) -> None:
@@ -290,7 +290,7 @@ def _clipped_per_parameter(patch: Patch) -> None:
                 other.requires_grad_(True)
         return ClippedSum(totals, self.slack)
 
-    patch.setattr(OpacusEngine, "clipped_sum", clipped_sum)
+    patch.setattr(BookKeepingEngine, "clipped_sum", clipped_sum)
 
 
 def _clipped_after_the_sum(patch: Patch) -> None:
@@ -302,7 +302,7 @@ def _clipped_after_the_sum(patch: Patch) -> None:
         factor = min(1.0, RECORDS / 4 * clipping.norm / max(norm, 1e-9))
         return ClippedSum([g * factor for g in sums], self.slack)
 
-    patch.setattr(OpacusEngine, "clipped_sum", clipped_sum)
+    patch.setattr(BookKeepingEngine, "clipped_sum", clipped_sum)
 
 
 def _scaled_up_to_the_clip_norm(patch: Patch) -> None:

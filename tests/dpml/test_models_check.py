@@ -202,6 +202,8 @@ def test_layers_that_treat_examples_independently_are_accepted(model, example):
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 8, 8)])
 def test_the_models_that_come_with_dpml_are_accepted(name, shape):
+    if name == "wrn-16-4" and min(shape[1:]) < 16:
+        pytest.skip("too small for it")
     require_trainable(models.build(name, shape, 10).train(), torch.zeros(1, *shape))
 
 
