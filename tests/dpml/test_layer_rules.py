@@ -11,6 +11,7 @@ from one_example_at_a_time import (
     weighted,
 )
 from opacus.layers import DPLSTM, DPMultiheadAttention
+from opacus.layers.dp_rnn import RNNLinear
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -60,7 +61,7 @@ class Settings:
 # ---------------------------------------------------------------- layers with a rule
 
 
-@case(nn.Linear, NonDynamicallyQuantizableLinear)
+@case(nn.Linear, NonDynamicallyQuantizableLinear, RNNLinear)
 def linear(kind, draw):
     between = draw.numbers(draw.number(0, 3), 1, 7)
     inputs, outputs = draw.one_of(1, 2, 5, 16, 33), draw.one_of(1, 3, 8, 20)
@@ -348,17 +349,11 @@ def test_attention_of_opacus(steps, views):
     assert_is_the_sum_of_single_examples(model, x, targets_for(model, x), views=views)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=UserError,
-    reason="DPLSTM shows the parameters of its cells as its own, so it is taken for a layer with parameters "
-    "that maps a tensor to a tuple; OpacusEngine trains it",
-)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_recurrent_layers_of_opacus(layers):
     torch.manual_seed(0)
     model, x = OverSequences(DPLSTM(3, 4, layers, batch_first=True), 1), torch.randn(4, 5, 3)
-    assert_is_the_sum_of_single_examples(model, x, targets_for(model, x), modes=["flat"])
+    assert_is_the_sum_of_single_examples(model, x, targets_for(model, x), modes=["flat", "automatic"])
 
 
 # ---------------------------------------------------------------- layers that are refused
