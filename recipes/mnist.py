@@ -22,7 +22,7 @@ def dpsgd(private: bool = True) -> DPSGDRun:
         learning_rate=4.0,
         schedule="trapezoidal",
         momentum=0.9,
-        micro_batch_size=64,
+        micro_batch_size=128,
     )
 
 

@@ -25,6 +25,7 @@ from dpml.gradients.engine import (
     Clipping,
     Loss,
     MicroBatch,
+    channels_last,
     example_losses,
     trainable_parameters,
 )
@@ -111,7 +112,7 @@ class BookKeepingEngine:
             for batch in batches:
                 with torch.enable_grad():
                     recorder.on = True
-                    losses = example_losses(loss, model(_channels_last(batch.inputs)), batch)
+                    losses = example_losses(loss, model(channels_last(batch.inputs)), batch)
                     recorder.on = False
                     # Padding and non-finite losses are selected away: a product with zero would keep NaN.
                     counted = batch.mask & torch.isfinite(losses.detach())
@@ -324,13 +325,3 @@ def _recorded(model: nn.Module) -> Iterator[_Recorder]:
             vars(layer).pop("forward", None)
         for handle in handles:
             handle.remove()
-
-
-def _channels_last(inputs: Any) -> Any:
-    """Images with their channels last in memory, which convolutions and poolings are faster on."""
-    if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
-        return inputs
-    if inputs.shape[1] > 1:
-        return inputs.contiguous(memory_format=torch.channels_last)
-    n, _, h, w = inputs.shape  # one channel is both; only the strides say what the next layer is to do
-    return inputs.contiguous().as_strided((n, 1, h, w), (h * w, 1, w, 1))
