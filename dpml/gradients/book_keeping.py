@@ -46,6 +46,7 @@ class _Call:
         layer: The layer.
         x: Its inputs.
         edge: Where the gradients of its outputs are to be found.
+        version: Of `x` when the layer saw it.
         g: These gradients.
         found: The gradients of weight and bias for each row, where the backward pass has found them.
     """
@@ -53,6 +54,7 @@ class _Call:
     layer: nn.Module
     x: Tensor
     edge: GradientEdge
+    version: int
     g: Tensor | None = None
     found: tuple[Tensor, ...] | None = None
 
@@ -287,7 +289,8 @@ class _Recorder:
             )
         if output.requires_grad:
             # The edge stays that of the output as it is now, even if a later layer overwrites it.
-            self.calls.append(_Call(layer, args[0].detach(), get_gradient_edge(output)))
+            x = args[0].detach()
+            self.calls.append(_Call(layer, x, get_gradient_edge(output), x._version))
 
     def finished(self, total: Tensor, rows: int) -> list[_Call]:
         """The calls with the gradients of `total` for their outputs."""
@@ -296,6 +299,11 @@ class _Recorder:
             return []
         gradients = torch.autograd.grad(total, [call.edge for call in calls], allow_unused=True)
         for call, g in zip(calls, gradients, strict=True):
+            if call.x._version != call.version:
+                raise UserError(
+                    f"The input of a layer {type(call.layer).__name__} is overwritten after the layer has "
+                    "seen it, so its gradient is lost; write the result into a new tensor."
+                )
             if g is not None and not len(call.x) == len(g) == rows:
                 raise UserError(
                     f"The layer {type(call.layer).__name__} computed {len(g)} rows for {rows} examples; each "

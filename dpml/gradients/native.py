@@ -211,9 +211,7 @@ def fast_group_norm(layer: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
         if x.ndim != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or not torch.is_grad_enabled():
             return nn.GroupNorm.forward(layer, x)
         x = x.contiguous(memory_format=torch.channels_last)
-        if not x.permute(
-            0, 2, 3, 1
-        ).is_contiguous():  # one channel or one pixel, which count as either format
+        if not x.permute(0, 2, 3, 1).is_contiguous():  # one channel, which counts as either format
             return nn.GroupNorm.forward(layer, x)
         y: Tensor = GroupNormFunction.apply(  # type: ignore[no-untyped-call]
             x, layer.weight, layer.bias, layer.num_groups, layer.eps
@@ -248,7 +246,7 @@ def _load() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_compiled()))
         if library.dpml_layer_bytes() != ctypes.sizeof(_Layer):
             raise OSError("its layout differs")
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
         _log.info("No compiled kernel, so portable code computes clipped sums: %s", error)
         return None
     return library
@@ -264,14 +262,20 @@ def _compiled() -> Path:
     key.update(version.stdout + " ".join(_FLAGS).encode() + _processor().encode())
     folder = Path(pooch.os_cache("dpml")) / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{key.hexdigest()[:32]}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            fresh = Path(scratch) / path.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(fresh)]
-            subprocess.run(command, capture_output=True, check=True, timeout=300)  # noqa: S603
-            fresh.replace(path)
-    return path
+    name = key.hexdigest()[:32]
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_digest(path)}":  # a library that was cut short would kill the process
+            return path
+        path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        fresh = Path(scratch) / "fresh.so"
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(fresh)]
+        subprocess.run(command, capture_output=True, check=True, timeout=300)  # noqa: S603
+        return fresh.replace(folder / f"{name}-{_digest(fresh)}.so")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def _processor() -> str:

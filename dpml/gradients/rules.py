@@ -128,10 +128,9 @@ def standardized(layer: StandardizedConv2d, x: Tensor, g: Tensor, views: int) ->
         return _again(layer, x, g, views)
     [effective] = _convolution(layer, x, g, views)
     with torch.no_grad():
-        v, scale = (t.to(x.dtype) for t in layer.standardized())
-    # At the bound, v has not norm 1.
-    bounded = v.square().sum(dim=(1, 2, 3), keepdim=True) < 1 - 1e-3
-    return [Standardized(names, effective, v, layer.gain.detach().to(x.dtype), scale, bounded)]
+        v, scale, bounded = layer.standardized()
+    gain, v, scale = (t.detach().to(x.dtype) for t in (layer.gain, v, scale))
+    return [Standardized(names, effective, v, gain, scale, bounded)]
 
 
 @rule(nn.Embedding)

@@ -19,11 +19,12 @@ class StandardizedConv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
 
-    def standardized(self) -> tuple[Tensor, Tensor]:
-        """The weight without its gain, and 1/√max(variance·fan_in, 1e-4), shape [out, 1, 1, 1]."""
+    def standardized(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight without its gain, the factor 1/√max(…), and whether that is at its bound."""
         centred = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
-        scale = centred.square().sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-4).rsqrt()
-        return centred * scale, scale
+        square = centred.square().sum(dim=(1, 2, 3), keepdim=True)
+        scale = square.clamp(min=1e-4).rsqrt()
+        return centred * scale, scale, square < 1e-4
 
     def forward(self, x: Tensor) -> Tensor:
         """From [m, in, height, width] to [m, out, height′, width′]."""

@@ -306,11 +306,6 @@ def test_standardised_weights_on_both_sides_of_the_bound(square):
     assert_is_the_sum_of_single_examples(layer, x, targets_for(layer, x))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="rules.standardized takes a channel for one above the bound if Σv² ≥ 0.999, so for a sum of "
-    "squares in (0.999e-4, 1e-4) the gradient loses a component along v that autograd keeps",
-)
 def test_standardised_weights_just_below_the_bound():
     layer, x = standardized_with(0.9995e-4), torch.randn(4, 2, 5, 5)
     assert_is_the_sum_of_single_examples(layer, x, targets_for(layer, x))
