@@ -148,7 +148,7 @@ def plain_sum(model: nn.Module, loss: Loss, batches: Iterable[MicroBatch]) -> Cl
     parameters = trainable_parameters(model)
     totals = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     for batch in batches:
-        losses = example_losses(loss, model(channels_last(batch.inputs)), batch)
+        losses = example_losses(loss, model(batch.inputs), batch)
         gradients = torch.autograd.grad(losses[batch.mask].sum(), parameters, allow_unused=True)
         for total, gradient in zip(totals, gradients, strict=True):
             if gradient is not None:

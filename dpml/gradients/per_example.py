@@ -14,6 +14,7 @@ cancel by more than a factor of `CANCELLING` are computed apart, one by one.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -93,7 +94,52 @@ class Rows:
         return None
 
 
-class Outer:
+class _WeightAndBias(ABC):
+    """What linear layers and convolutions share: a weight that is kept, or contracted again, and a bias."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._kept: Tensor | None = None
+        self._apart: Apart | None = None
+
+    def squared_norms(self) -> Tensor:
+        """The weight's, by Gram matrices or by computing its gradients, and the bias's."""
+        return sum_of(
+            [self._of_weight() if name == "weight" else squares(self._bias()) for name in self.names]
+        )
+
+    def add_to(self, totals: Sequence[Tensor], weights: Tensor) -> None:
+        """By the ordinary gradient of the weight, with the outputs' gradients scaled, unless it was kept."""
+        for name, total in zip(self.names, totals, strict=True):
+            if name == "bias":
+                total += weights @ self._bias().double()
+            elif self._kept is not None:
+                Rows((name,), [self._kept]).add_to([total], weights)
+            else:
+                self._contract(total, weights)
+
+    def rows(self) -> list[Tensor]:
+        """All of them: for the weight m·o·i numbers."""
+        return [self._weight() if name == "weight" else self._bias() for name in self.names]
+
+    @abstractmethod
+    def _weight(self) -> Tensor:
+        """The weight's gradients, one for each example."""
+
+    @abstractmethod
+    def _bias(self) -> Tensor:
+        """The bias's gradients, [m, o]."""
+
+    @abstractmethod
+    def _of_weight(self) -> Tensor:
+        """Squared norms of the weight's gradients."""
+
+    @abstractmethod
+    def _contract(self, total: Tensor, weights: Tensor) -> None:
+        """Add the weighted sum of the weight's gradients."""
+
+
+class Outer(_WeightAndBias):
     """Σₜ gₜ xₜᵀ over T positions: the weight [o, i] of a linear layer, with its bias Σₜ gₜ.
 
     One position: the norm is ‖x‖·‖g‖. Several: by Gram matrices, ‖Σₜ gₜxₜᵀ‖² = Σₛₜ (xₛ·xₜ)(gₛ·gₜ), or by
@@ -106,9 +152,8 @@ class Outer:
     """
 
     def __init__(self, names: Sequence[str], x: Tensor, g: Tensor) -> None:
-        self.names, self._x, self._g = names, x, g
-        self._kept: Tensor | None = None
-        self._apart: Apart | None = None
+        super().__init__(names)
+        self._x, self._g = x, g
 
     @classmethod
     def joined(cls, forms: Sequence[Outer]) -> Outer:
@@ -118,12 +163,6 @@ class Outer:
         x, g = (torch.cat(parts, dim=1) for parts in ([f._x for f in forms], [f._g for f in forms]))
         return cls(forms[0].names, x, g)
 
-    def squared_norms(self) -> Tensor:
-        """The weight's, and the bias's."""
-        return sum_of(
-            [self._of_weight() if name == "weight" else squares(self._bias()) for name in self.names]
-        )
-
     def _bias(self) -> Tensor:
         return self._g[:, 0] if self._g.shape[1] == 1 else self._g.sum(dim=1)
 
@@ -132,29 +171,20 @@ class Outer:
         if x.shape[1] == 1:
             return squares(x[:, 0]) * squares(g[:, 0])
         if not gram_is_cheaper(x.shape[1], x.shape[2], g.shape[2]):
-            self._kept = g.transpose(1, 2) @ x
+            self._kept = self._weight()
             return squares(self._kept.flatten(1))
         found, self._apart = gram_norms(x, g)
         return found
 
-    def add_to(self, totals: Sequence[Tensor], weights: Tensor) -> None:
-        """The ordinary gradient of the weight, with the outputs' gradients scaled."""
-        for name, total in zip(self.names, totals, strict=True):
-            if name == "bias":
-                total += weights @ self._bias().double()
-            elif self._kept is not None:
-                Rows((name,), [self._kept]).add_to([total], weights)
-            else:
-                scaled = self._g * weights.to(self._g.dtype)[:, None, None]
-                if self._apart is not None:
-                    self._apart.add_to(total, weights, scaled)
-                for g, x in zip(torch.split(scaled, _BLOCK), torch.split(self._x, _BLOCK), strict=True):
-                    total += g.flatten(0, 1).T @ x.flatten(0, 1)
+    def _weight(self) -> Tensor:
+        return self._g.transpose(1, 2) @ self._x
 
-    def rows(self) -> list[Tensor]:
-        """All of them: m·o·i numbers."""
-        weight = self._g.transpose(1, 2) @ self._x if "weight" in self.names else self._x
-        return [weight if name == "weight" else self._bias() for name in self.names]
+    def _contract(self, total: Tensor, weights: Tensor) -> None:
+        scaled = self._g * weights.to(self._g.dtype)[:, None, None]
+        if self._apart is not None:
+            self._apart.add_to(total, weights, scaled)
+        for g, x in zip(torch.split(scaled, _BLOCK), torch.split(self._x, _BLOCK), strict=True):
+            total += g.flatten(0, 1).T @ x.flatten(0, 1)
 
     def native(self) -> NativeLayer | None:
         """As a convolution of size 1; of one position, wide inputs with few outputs alone."""
@@ -191,7 +221,7 @@ class Geometry:
         return found
 
 
-class Patches:
+class Patches(_WeightAndBias):
     """The weight [o, i/groups, kh, kw] of a two-dimensional convolution, with its bias.
 
     Args:
@@ -203,15 +233,8 @@ class Patches:
     """
 
     def __init__(self, names: Sequence[str], x: Tensor, g: Tensor, geometry: Geometry, views: int) -> None:
-        self.names, self._x, self._g, self._geometry, self._views = names, x, g, geometry, views
-        self._kept: Tensor | None = None
-        self._apart: Apart | None = None
-
-    def squared_norms(self) -> Tensor:
-        """By Gram matrices of the patches, or by computing the gradients."""
-        return sum_of(
-            [self._of_weight() if name == "weight" else squares(self._bias()) for name in self.names]
-        )
+        super().__init__(names)
+        self._x, self._g, self._geometry, self._views = x, g, geometry, views
 
     def _bias(self) -> Tensor:
         return self._g.flatten(2).sum(dim=2).view(-1, self._views, self._g.shape[1]).sum(dim=1)
@@ -238,26 +261,15 @@ class Patches:
         x, g = (t.reshape(*t.shape[:2], self._geometry.groups, -1) for t in (x, g))
         return torch.einsum("ntgo,ntgi->ngoi", g, x).reshape(len(x), *self._geometry.shape)
 
-    def add_to(self, totals: Sequence[Tensor], weights: Tensor) -> None:
-        """By convolution's own gradient of the weight, with the outputs' gradients scaled."""
-        for name, total in zip(self.names, totals, strict=True):
-            if name == "bias":
-                total += weights @ self._bias().double()
-            elif self._kept is not None:
-                Rows((name,), [self._kept]).add_to([total], weights)
-            else:
-                scale = weights.to(self._g.dtype).repeat_interleave(self._views)
-                scaled = self._g * scale[:, None, None, None]
-                if self._apart is not None:
-                    images = scaled.view(len(weights), self._views, *scaled.shape[1:])
-                    self._apart.add_to(total, weights, images)
-                block = _BLOCK * self._views
-                for g, x in zip(torch.split(scaled, block), torch.split(self._x, block), strict=True):
-                    total += self._geometry.weight_gradient(x, g).view(total.shape)
-
-    def rows(self) -> list[Tensor]:
-        """All of them."""
-        return [self._weight() if name == "weight" else self._bias() for name in self.names]
+    def _contract(self, total: Tensor, weights: Tensor) -> None:
+        scale = weights.to(self._g.dtype).repeat_interleave(self._views)
+        scaled = self._g * scale[:, None, None, None]
+        if self._apart is not None:
+            images = scaled.view(len(weights), self._views, *scaled.shape[1:])
+            self._apart.add_to(total, weights, images)
+        block = _BLOCK * self._views
+        for g, x in zip(torch.split(scaled, block), torch.split(self._x, block), strict=True):
+            total += self._geometry.weight_gradient(x, g).view(total.shape)
 
     def native(self) -> NativeLayer | None:
         """Channels last. Not for groups of channels, which the kernel does not know."""

@@ -100,13 +100,8 @@ def conv1d(layer: nn.Conv1d, x: Tensor, g: Tensor, views: int) -> Sequence[PerEx
     """A convolution over images of height 1."""
     x, padding = _padded(layer, x)
     shape = (*layer.weight.shape[:2], 1, layer.weight.shape[2])
-    geometry = Geometry(
-        shape,
-        (1, *layer.stride),
-        (0, *padding),
-        (1, *layer.dilation),
-        layer.groups,  # of height 1
-    )
+    stride, padding, dilation = (1, *layer.stride), (0, *padding), (1, *layer.dilation)
+    geometry = Geometry(shape, stride, padding, dilation, layer.groups)
     return [Patches(tuple(trained(layer)), x[:, :, None], g[:, :, None], geometry, views)]
 
 
@@ -199,7 +194,7 @@ def _by_opacus(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[P
 
 def _again(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """By running the layer again for each example, and differentiating it."""
-    parameters = dict(trained(layer))
+    parameters: dict[str, Tensor] = {**trained(layer)}
 
     def single(one: Tensor, gradient: Tensor) -> dict[str, Tensor]:
         def output(values: dict[str, Tensor]) -> Tensor:
