@@ -24,9 +24,9 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8, MOST = 3;
+constexpr int LANES = 16, ROWS = 8, MOST = 3, OUTPUTS = 5;
 #else
-constexpr int LANES = 8, ROWS = 4, MOST = 2;
+constexpr int LANES = 8, ROWS = 4, MOST = 2, OUTPUTS = 2;
 #endif
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef float Block __attribute__((vector_size(ROWS * 4), aligned(4), may_alias));
@@ -194,13 +194,22 @@ void patches(const Layer &l, const float *x, int64_t p, int64_t n, float *row, f
 }
 
 double squared_norm(const float *c, int64_t n) {
+  constexpr int64_t STEP = 4 * LANES;  // four sums at once, because each waits for its last addition
   double total = 0;
   for (int64_t start = 0; start < n; start += 4096) {
-    const int64_t end = std::min(n, start + 4096);
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t k = start; k < end; ++k) part += c[k] * c[k];
-    total += part;
+    const int64_t end = std::min<int64_t>(n, start + 4096), whole = start + (end - start) / STEP * STEP;
+    Vec part[4] = {};
+    for (int64_t k = start; k < whole; k += STEP)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const Vec row = *reinterpret_cast<const Vec *>(c + k + v * LANES);
+        part[v] += row * row;
+      }
+    const Vec sum = (part[0] + part[1]) + (part[2] + part[3]);
+    float rest = 0;
+    for (int64_t k = whole; k < end; ++k) rest += c[k] * c[k];
+    for (int i = 0; i < LANES; ++i) rest += sum[i];
+    total += rest;
   }
   return total;
 }
@@ -263,33 +272,53 @@ double gradient(const Layer &l, int64_t example, float *c, const Scratch &scratc
 }
 
 constexpr int64_t IN_FLOAT = 128;  // examples that a thread adds in float before they are added in double
-constexpr int TOGETHER = 8;  // examples whose rank-one gradients are added at once
+constexpr int TOGETHER = 4;            // examples whose rank-one gradients are added at once
+constexpr int WAITING = 4 * TOGETHER;  // for which a part of the sum is fetched into the first-level cache
+
+// to[o, k] += Σ_e w[o, e]·x[e][k] for N rows o: every x[e][k] is fetched once for all of them.
+template <int N>
+inline void add_outer(const float *const *x, const float *w, int64_t stride, int64_t start, int64_t end, float *to,
+                      int64_t ldt) {
+  const int64_t whole = start + (end - start) / LANES * LANES;
+  for (int64_t k = start; k < whole; k += LANES) {
+    Vec total[N];
+#pragma GCC unroll 8
+    for (int o = 0; o < N; ++o) total[o] = *reinterpret_cast<const Vec *>(to + o * ldt + k);
+#pragma GCC unroll 8
+    for (int e = 0; e < TOGETHER; ++e) {
+      const Vec row = *reinterpret_cast<const Vec *>(x[e] + k);
+#pragma GCC unroll 8
+      for (int o = 0; o < N; ++o) total[o] += w[o * stride + e] * row;
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < N; ++o) *reinterpret_cast<Vec *>(to + o * ldt + k) = total[o];
+  }
+  for (int64_t k = whole; k < end; ++k)
+    for (int o = 0; o < N; ++o)
+      for (int e = 0; e < TOGETHER; ++e) to[o * ldt + k] += w[o * stride + e] * x[e][k];
+}
 
 // sum += Σ_e weight_e·g_e x_eᵀ over `count` examples.
 void add_rank_one(const Layer &l, const int64_t *examples, const double *weights, int64_t count, float *sum) {
   constexpr int64_t CHUNK = 16 * LANES;
-  const float *x[TOGETHER];
-  for (int e = 0; e < TOGETHER; ++e) x[e] = l.x + examples[e < count ? e : 0] * l.in;
-  std::vector<float> scaled(l.out * TOGETHER);
+  const float *x[WAITING];
+  for (int e = 0; e < WAITING; ++e) x[e] = l.x + examples[e < count ? e : 0] * l.in;
+  std::vector<float> scaled(l.out * WAITING);  // zero for examples that are not there
   for (int64_t o = 0; o < l.out; ++o)
     for (int64_t e = 0; e < count; ++e) {
-      scaled[o * TOGETHER + e] = static_cast<float>(weights[e] * l.g[examples[e] * l.out + o]);
-      if (l.bias) sum[l.bias_at() + o] += scaled[o * TOGETHER + e];
+      scaled[o * WAITING + e] = static_cast<float>(weights[e] * l.g[examples[e] * l.out + o]);
+      if (l.bias) sum[l.bias_at() + o] += scaled[o * WAITING + e];
     }
   for (int64_t start = 0; start < l.in; start += CHUNK) {
-    const int64_t end = std::min(l.in, start + CHUNK), whole = start + (end - start) / LANES * LANES;
-    for (int64_t o = 0; o < l.out; ++o) {
-      float *to = sum + o * l.width();
-      const float *w = scaled.data() + o * TOGETHER;
-      for (int64_t k = start; k < whole; k += LANES) {
-        Vec total = *reinterpret_cast<const Vec *>(to + k);
-#pragma GCC unroll 8
-        for (int e = 0; e < TOGETHER; ++e) total += w[e] * *reinterpret_cast<const Vec *>(x[e] + k);
-        *reinterpret_cast<Vec *>(to + k) = total;
+    const int64_t end = std::min(l.in, start + CHUNK);
+    for (int64_t first = 0; first < count; first += TOGETHER)
+      for (int64_t o = 0, n; o < l.out; o += n) {
+        n = o + OUTPUTS <= l.out ? OUTPUTS : 1;
+        const float *w = scaled.data() + o * WAITING + first;
+        float *to = sum + o * l.width();
+        if (n == OUTPUTS) add_outer<OUTPUTS>(x + first, w, WAITING, start, end, to, l.width());
+        else add_outer<1>(x + first, w, WAITING, start, end, to, l.width());
       }
-      for (int64_t k = whole; k < end; ++k)
-        for (int e = 0; e < TOGETHER; ++e) to[k] += w[e] * x[e][k];
-    }
   }
 }
 
@@ -327,8 +356,8 @@ void add_clipped(const Plan &plan, const Clip &clip, int64_t first, int64_t last
   const Buffer blocks = floats(plan.blocks), image = floats(plan.padded);
   const Scratch scratch{row.get(), panels.get(), blocks.get(), image.get()};
   float *c = one.get();
-  int64_t waiting[TOGETHER], many = 0;
-  double weights[TOGETHER];
+  int64_t waiting[WAITING], many = 0;
+  double weights[WAITING];
   for (int64_t e = first; e < last; ++e) {
     double square = clip.squares[e];
     for (int64_t i = 0; i < plan.count; ++i) {
@@ -346,7 +375,7 @@ void add_clipped(const Plan &plan, const Clip &clip, int64_t first, int64_t last
       waiting[many] = e;
       weights[many++] = weight;
     }
-    if (many == TOGETHER || (many && e + 1 == last)) {
+    if (many == WAITING || (many && e + 1 == last)) {
       for (int64_t i = 0; i < plan.count; ++i)
         if (plan.layers[i].rank_one) add_rank_one(plan.layers[i], waiting, weights, many, sum + plan.at[i]);
       many = 0;
