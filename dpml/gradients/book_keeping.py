@@ -82,6 +82,7 @@ class _Call:
         return replace(self, x=cleaned(self.x), g=g, found=found)
 
 
+_Owners = dict[nn.Module, dict[str, nn.Parameter]]  # layers, and the trained parameters that each owns
 _Placed = tuple[list[int], PerExample]  # the places of a form's parameters in the model's order, and the form
 
 
@@ -107,64 +108,71 @@ class BookKeepingEngine:
         self, model: nn.Module, loss: Loss, batches: Iterable[MicroBatch], clipping: Clipping
     ) -> ClippedSum:
         """Sum the clipped gradients of all examples; see `Engine.clipped_sum`."""
-        sums = _Sums(model, clipping)
+        owners: _Owners = {layer: own for layer in model.modules() if (own := trained(layer))}
+        sums = _Sums(trainable_parameters(model), owners, clipping)
         counts: Counter[str] = Counter(examples=0, clipped=0, non_finite=0)
         means = {"loss_sum": 0.0, "norm_sum": 0.0}
-        with native.switched(self.use_kernel), _recorded(model) as recorder:
+        with native.switched(self.use_kernel), _recorded(owners) as recorder:
             for batch in batches:
                 with torch.enable_grad():
                     recorder.on = True
                     losses = example_losses(loss, model(channels_last(batch.inputs)), batch)
                     recorder.on = False
-                    # Padding and non-finite losses are selected away: a product with zero would keep NaN.
-                    counted = batch.mask & torch.isfinite(losses.detach())
-                    total = torch.where(counted, losses, 0.0).sum()
                 with torch.no_grad():
-                    calls = recorder.finished(total, len(losses) * batch.views)
-                    norms, finite = sums.add(calls, counted, batch.views)
-                    finite &= counted
-                    counts["examples"] += int(batch.mask.sum())
-                    counts["clipped"] += int((finite & (norms > clipping.norm)).sum())
-                    counts["non_finite"] += int((batch.mask & ~finite).sum())
-                    means["loss_sum"] += float(losses.detach()[finite].sum())
-                    means["norm_sum"] += float(norms[finite].sum())
+                    counted = batch.mask & torch.isfinite(losses)
+                    calls = recorder.finished(losses, counted, len(losses) * batch.views)
+                    norms, used = sums.add(calls, counted, batch.views)
+                    # The others are selected away: a product with zero would keep NaN.
+                    losses, norms = (torch.where(used, t, 0.0) for t in (losses, norms))
+                    examples = int(batch.mask.sum())
+                    counts["examples"] += examples
+                    counts["clipped"] += int((norms > clipping.norm).sum())
+                    counts["non_finite"] += examples - int(used.sum())
+                    means["loss_sum"] += float(losses.sum())
+                    means["norm_sum"] += float(norms.sum())
         return ClippedSum(sums.finished(), self.slack, {**counts, **means})
 
 
 class _Sums:
     """The totals of one sample, and how a micro-batch is clipped into them."""
 
-    def __init__(self, model: nn.Module, clipping: Clipping) -> None:
-        parameters = trainable_parameters(model)
-        self._clipping = clipping
+    def __init__(self, parameters: Sequence[nn.Parameter], owners: _Owners, clipping: Clipping) -> None:
+        self._parameters, self._owners, self._clipping = parameters, owners, clipping
         self._place = {p: i for i, p in enumerate(parameters)}
-        self._totals = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+        self._totals: dict[int, Tensor] = {}
         self._of_kernel: dict[int, Tensor] = {}  # in its own order of axes
         self._layer_of: dict[int, int] = {}
-        for number, layer in enumerate(model.modules()):
-            for parameter in trained(layer).values():
+        for number, own in enumerate(owners.values()):
+            for parameter in own.values():
                 self._layer_of.setdefault(self._place[parameter], number)
 
     def finished(self) -> list[Tensor]:
         """One float64 tensor a parameter."""
         for place, found in self._of_kernel.items():
-            total = self._totals[place]
-            total += (found.permute(0, 3, 1, 2) if found.ndim == 4 else found).reshape(total.shape)
-        return self._totals
+            ordered = found.permute(0, 3, 1, 2) if found.ndim == 4 else found
+            total = ordered.reshape(self._parameters[place].shape).contiguous()
+            self._totals[place] = total + self._totals[place] if place in self._totals else total
+        return [self._total(place) for place in range(len(self._parameters))]
+
+    def _total(self, place: int) -> Tensor:
+        """What was added up for a parameter, but by the kernel."""
+        if place not in self._totals:
+            self._totals[place] = torch.zeros_like(self._parameters[place], dtype=torch.float64)
+        return self._totals[place]
 
     def add(self, calls: Sequence[_Call], counted: Tensor, views: int) -> tuple[Tensor, Tensor]:
-        """Clip and add a micro-batch. Returns norms, float64 [m], and whether they are finite."""
+        """Clip and add a micro-batch. Returns norms, float64 [m], and which examples contribute."""
         if self._clipping.norm < _TINY:
             everybody = torch.ones_like(counted).repeat_interleave(views)
             calls = [call.rows(everybody) for call in calls]
         norms = self._add(calls, counted, views)
-        finite = torch.isfinite(norms)
-        lost = counted & ~finite
-        if bool(lost.any()):  # perhaps squares were too large for float32
+        used = counted & torch.isfinite(norms)
+        if not torch.equal(used, counted):  # perhaps squares were too large for float32
+            lost = counted & ~used
             calls = [call.rows(lost.repeat_interleave(views)) for call in calls]
             norms = norms.masked_scatter(lost, self._add(calls, lost[lost], views))
-            finite = torch.isfinite(norms)
-        return norms, finite
+            used = counted & torch.isfinite(norms)
+        return norms, used
 
     def _add(self, calls: Sequence[_Call], counted: Tensor, views: int) -> Tensor:
         forms = self._forms(calls, views)
@@ -192,7 +200,7 @@ class _Sums:
                     form.squared_norms()  # so that the others are summed the same way, to the last bit
         for (places, form), layer in zip(forms, described, strict=True):
             if layer is None:
-                form.add_to([self._totals[i] for i in places], weights[self._group(places)])
+                form.add_to([self._total(i) for i in places], weights[self._group(places)])
         return norms
 
     def _weights(self, squared: dict[int, Tensor], norms: Tensor, counted: Tensor) -> dict[int, Tensor]:
@@ -245,7 +253,7 @@ class _Sums:
         """Forms that no two share a parameter of, and the places of their parameters."""
         forms: list[_Placed] = []
         for call in calls:
-            own = trained(call.layer)
+            own = self._owners[call.layer]
             for form in call.forms(views):
                 forms.append(([self._place[own[name]] for name in form.names], form))
         uses = Counter(place for places, _ in forms for place in places)
@@ -292,12 +300,13 @@ class _Recorder:
             x = args[0].detach()
             self.calls.append(_Call(layer, x, get_gradient_edge(output), x._version))
 
-    def finished(self, total: Tensor, rows: int) -> list[_Call]:
-        """The calls with the gradients of `total` for their outputs."""
+    def finished(self, losses: Tensor, counted: Tensor, rows: int) -> list[_Call]:
+        """The calls with the gradients of the sum of those losses that count for their outputs."""
         calls, self.calls = self.calls, []
-        if not calls or not total.requires_grad:
+        if not calls or not losses.requires_grad:
             return []
-        gradients = torch.autograd.grad(total, [call.edge for call in calls], allow_unused=True)
+        edges = [call.edge for call in calls]
+        gradients = torch.autograd.grad([losses], edges, [counted.to(losses.dtype)], allow_unused=True)
         for call, g in zip(calls, gradients, strict=True):
             if call.x._version != call.version:
                 raise UserError(
@@ -317,12 +326,11 @@ class _Recorder:
 
 
 @contextmanager
-def _recorded(model: nn.Module) -> Iterator[_Recorder]:
+def _recorded(owners: _Owners) -> Iterator[_Recorder]:
     """Hooks on all layers with trained parameters, for the duration of one sample."""
     recorder = _Recorder()
-    layers = [layer for layer in model.modules() if trained(layer)]
-    handles = [layer.register_forward_hook(recorder, with_kwargs=True) for layer in layers]
-    norms = [layer for layer in layers if type(layer) is nn.GroupNorm and "forward" not in vars(layer)]
+    handles = [layer.register_forward_hook(recorder, with_kwargs=True) for layer in owners]
+    norms = [layer for layer in owners if type(layer) is nn.GroupNorm and "forward" not in vars(layer)]
     if native.kernel() is not None:
         for layer in norms:
             vars(layer)["forward"] = native.fast_group_norm(layer)  # found before the class's

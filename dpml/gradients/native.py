@@ -31,7 +31,12 @@ _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
 _SIZES = ("h", "w", "channels", "oh", "ow", "out")
 _GEOMETRY = ("kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw", "views", "bias", "rank_one")
-
+_POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_ARGUMENTS = {
+    "dpml_clipped_sums": [_POINTER, _INT, _INT, *[_POINTER] * 2, *[_DOUBLE] * 2, *[_POINTER] * 2, _INT],
+    "dpml_layer_norm": [*[_POINTER] * 2, *[_INT] * 3, _DOUBLE, *[_POINTER] * 2, _INT],
+    "dpml_group_norm_backward": [*[_POINTER] * 5, *[_INT] * 4, *[_POINTER] * 3, _INT],
+}
 
 _switch: ContextVar[bool] = ContextVar("switch", default=True)
 
@@ -127,11 +132,13 @@ def clipped_sums(
     pointers = _pointers(squares, counted, norms, weights)
     failed = library.dpml_clipped_sums(
         described,
-        *(ctypes.c_int64(n) for n in (len(layers), len(squares))),
+        len(layers),
+        len(squares),
         *pointers[:2],
-        *(ctypes.c_double(value) for value in (clip, stabiliser)),
+        clip,
+        stabiliser,
         *pointers[2:],
-        ctypes.c_int64(torch.get_num_threads()),
+        torch.get_num_threads(),
     )
     if failed:
         raise MemoryError("Not enough memory for the gradients of one example.")
@@ -156,10 +163,12 @@ def layer_norm_rows(x: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, Tenso
     scale, shift = x.new_empty(images, channels), x.new_empty(images, channels)
     library.dpml_layer_norm(
         *_pointers(x, g),
-        *(ctypes.c_int64(n) for n in (images, positions, channels)),
-        ctypes.c_double(epsilon),
+        images,
+        positions,
+        channels,
+        epsilon,
         *_pointers(scale, shift),
-        ctypes.c_int64(torch.get_num_threads()),
+        torch.get_num_threads(),
     )
     return scale, shift
 
@@ -189,14 +198,16 @@ class GroupNormFunction(torch.autograd.Function):
         g = gradients[0].contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         scale, shift = x.new_empty(images, channels), x.new_empty(images, channels)
-        sizes = (images, height * width, channels, mean.shape[1])
         library = _load()
         assert library is not None  # noqa: S101 - or this function would not have been chosen
         failed = library.dpml_group_norm_backward(
             *_pointers(x, g, mean, factor, weight),
-            *(ctypes.c_int64(n) for n in sizes),
+            images,
+            height * width,
+            channels,
+            mean.shape[1],
             *_pointers(dx, scale, shift),
-            ctypes.c_int64(torch.get_num_threads()),
+            torch.get_num_threads(),
         )
         if failed:
             raise MemoryError("Not enough memory for the backward pass of a GroupNorm.")
@@ -221,8 +232,8 @@ def fast_group_norm(layer: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+def _pointers(*tensors: Tensor) -> list[int]:
+    return [t.data_ptr() for t in tensors]
 
 
 @contextmanager
@@ -246,6 +257,8 @@ def _load() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_compiled()))
         if library.dpml_layer_bytes() != ctypes.sizeof(_Layer):
             raise OSError("its layout differs")
+        for name, types in _ARGUMENTS.items():
+            getattr(library, name).argtypes = types
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         _log.info("No compiled kernel, so portable code computes clipped sums: %s", error)
         return None

@@ -194,7 +194,7 @@ class Outer(_WeightAndBias):
         single = x.shape[1] == 1
         if single and not (g.shape[2] <= 32 and x.shape[2] >= 512):
             return None  # the ordinary gradient of the weight is as quick
-        return NativeLayer(x.contiguous()[:, :, None], g.contiguous()[:, :, None], rank_one=single)
+        return NativeLayer(x.contiguous().unsqueeze(2), g.contiguous().unsqueeze(2), rank_one=single)
 
 
 @dataclass(frozen=True)

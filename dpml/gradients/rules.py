@@ -68,11 +68,11 @@ def per_example(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[
 
 def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters that a layer itself owns, by name; not those of layers in it that it shows."""
+    if not any(p is not None and p.requires_grad for p in layer._parameters.values()):
+        return {}  # at once, as most layers have none
     own = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
-    if not own:
-        return own
     inner = {p for child in layer.children() for p in child.parameters()}
-    return {name: p for name, p in own.items() if p not in inner}
+    return {name: p for name, p in own.items() if p not in inner} if inner else own
 
 
 @rule(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, RNNLinear)
