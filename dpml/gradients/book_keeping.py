@@ -119,15 +119,17 @@ class BookKeepingEngine:
                     losses = example_losses(loss, model(channels_last(batch.inputs)), batch)
                     recorder.on = False
                 with torch.no_grad():
-                    counted = batch.mask & torch.isfinite(losses)
-                    calls = recorder.finished(losses, counted, len(losses) * batch.views)
-                    norms, used = sums.add(calls, counted, batch.views)
+                    counted = batch.mask & (losses.abs() < math.inf)
+                    # No name for the calls: it would keep them, and their memory, until the next ones.
+                    norms, used = sums.add(
+                        recorder.finished(losses, counted, len(losses) * batch.views), counted, batch.views
+                    )
                     # The others are selected away: a product with zero would keep NaN.
                     losses, norms = (torch.where(used, t, 0.0) for t in (losses, norms))
-                    examples = int(batch.mask.sum())
+                    examples = int(batch.mask.count_nonzero())
                     counts["examples"] += examples
-                    counts["clipped"] += int((norms > clipping.norm).sum())
-                    counts["non_finite"] += examples - int(used.sum())
+                    counts["clipped"] += int((norms > clipping.norm).count_nonzero())
+                    counts["non_finite"] += examples - int(used.count_nonzero())
                     means["loss_sum"] += float(losses.sum())
                     means["norm_sum"] += float(norms.sum())
         return ClippedSum(sums.finished(), self.slack, {**counts, **means})
@@ -166,12 +168,12 @@ class _Sums:
             everybody = torch.ones_like(counted).repeat_interleave(views)
             calls = [call.rows(everybody) for call in calls]
         norms = self._add(calls, counted, views)
-        used = counted & torch.isfinite(norms)
+        used = counted & (norms < math.inf)
         if not torch.equal(used, counted):  # perhaps squares were too large for float32
             lost = counted & ~used
             calls = [call.rows(lost.repeat_interleave(views)) for call in calls]
             norms = norms.masked_scatter(lost, self._add(calls, lost[lost], views))
-            used = counted & torch.isfinite(norms)
+            used = counted & (norms < math.inf)
         return norms, used
 
     def _add(self, calls: Sequence[_Call], counted: Tensor, views: int) -> Tensor:
@@ -192,7 +194,7 @@ class _Sums:
         else:
             norms = together.sqrt()
             weights = self._weights(squared, norms, counted)
-        if not math.isfinite(float(norms.sum())):
+        if squared and not math.isfinite(float(norms.sum())):
             dropped = ~torch.isfinite(norms).repeat_interleave(views)
             forms = self._forms([call.without(dropped) for call in calls], views)
             for (_, form), layer in zip(forms, described, strict=True):

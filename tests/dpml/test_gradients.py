@@ -1,5 +1,6 @@
 """The engine's sums are those of single examples, and one record moves them by no more than is charged."""
 
+import gc
 import math
 
 import pytest
@@ -311,6 +312,20 @@ def test_the_sum_does_not_depend_on_micro_batches_or_order(engine, name):
             assert difference(whole.gradients, other.gradients) <= 1e-6 * 13 * 0.5
             for key, value in whole.diagnostics.items():
                 assert other.diagnostics[key] == pytest.approx(value, rel=1e-4), key
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:], ids=["kernel", "portable"])
+def test_what_a_micro_batch_recorded_is_gone_before_the_next(engine):
+    model = nn.Sequential(nn.Linear(5, 13), nn.Tanh(), nn.Linear(13, 3))
+    left = []
+
+    def batches():
+        for _ in range(2):
+            left.append([t for t in gc.get_objects() if type(t) is Tensor and t.shape == (7, 13)])
+            yield batch(torch.randn(7, 5), torch.zeros(7, dtype=torch.int64))
+
+    engine.clipped_sum(model, cross_entropy, batches(), Clipping(1.0))
+    assert left == [[], []]
 
 
 @engines
