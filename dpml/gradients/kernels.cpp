@@ -162,20 +162,21 @@ void pad(const Layer &l, const float *x, float *out) {
     std::memcpy(out + (y + l.ph) * row + l.pw * l.in, x + y * l.w * l.in, l.w * l.in * 4);
 }
 
-// As `unfold`, for short rows of a padded image: each is copied as N whole vectors, and the surplus overwritten.
+// As `unfold`, for short rows of a padded image: each is copied as N floats, a fixed number, and the
+// surplus overwritten.
 template <int N>
 inline void unfold_short(const Layer &l, const float *x, int64_t oy, int64_t ox, float *to) {
   const int64_t line = (l.w + 2 * l.pw) * l.in, n = l.kw * l.in;
   const float *from = x + oy * l.sh * line + ox * l.sw * l.in;
   for (int64_t r = 0; r < l.kh; ++r, to += n, from += l.dh * line)
-    for (int v = 0; v < N; ++v)
-      *reinterpret_cast<Vec *>(to + v * LANES) = *reinterpret_cast<const Vec *>(from + v * LANES);
+    std::memcpy(to, from, N * sizeof(float));
 }
 
 // The patches of n positions from p on, in panels.
 void patches(const Layer &l, const float *x, int64_t p, int64_t n, float *row, float *panels) {
   const int64_t width = l.width(), patch = l.patch();
-  const bool whole = l.plain_patches() && l.in % LANES == 0, few = l.kw * l.in <= LANES;
+  const bool whole = l.plain_patches() && l.in % LANES == 0;
+  const int64_t run = l.kw * l.in;  // half a vector, where that is enough, seldom lies across two cache lines
   int64_t oy = p / l.ow, ox = p % l.ow;
   for (int64_t q = 0; q < n; ++q, ++ox) {
     if (ox == l.ow) { ox = 0; ++oy; }
@@ -185,8 +186,9 @@ void patches(const Layer &l, const float *x, int64_t p, int64_t n, float *row, f
     } else {
       if (l.plain_patches()) std::memcpy(row, x + (p + q) * l.in, l.in * 4);
       else if (!l.short_rows()) unfold(l, x, oy, ox, row);
-      else if (few) unfold_short<1>(l, x, oy, ox, row);
-      else unfold_short<2>(l, x, oy, ox, row);
+      else if (run <= LANES / 2) unfold_short<LANES / 2>(l, x, oy, ox, row);
+      else if (run <= LANES) unfold_short<LANES>(l, x, oy, ox, row);
+      else unfold_short<2 * LANES>(l, x, oy, ox, row);
       for (int64_t i = patch; i < width; ++i) row[i] = 0;
     }
     into_panels(from, width, q, n, panels);
