@@ -250,43 +250,67 @@ class PrivacyAccountant:
 class Reservation:
     """A plan that was admitted. Made by `PrivacyAccountant.reserve`; commit before each release.
 
-    A plan `Repeated(step, n)` has n parts; any other event has one.
+    A plan `Repeated(step, n)` has n parts of one kind. A plan `Composed([…])` has the parts of its members,
+    which may be committed in any order; any other event is one part.
+
+    Attributes:
+        plan: What was reserved.
+        step: The event of one part, where all are of one kind; else the plan.
+        parts: How many parts the plan has, of all kinds.
     """
 
     def __init__(self, accountant: PrivacyAccountant, plan: Event, position: int) -> None:
         self.plan = plan
-        self.step, self.parts = (plan.event, plan.count) if isinstance(plan, Repeated) else (plan, 1)
-        self.committed = 0
+        self._planned = _kinds(plan)
+        self._committed = dict.fromkeys(self._planned, 0)
+        self.step = next(iter(self._planned)) if len(self._planned) == 1 else plan
+        self.parts = sum(self._planned.values())
         self._accountant = accountant
         self._position = position
         self._open = True
 
-    def commit(self, parts: int = 1) -> None:
+    @property
+    def committed(self) -> int:
+        """How many parts were committed, of all kinds."""
+        return sum(self._committed.values())
+
+    def commit(self, parts: int = 1, event: Event | None = None) -> None:
         """Note that `parts` of the plan are about to be released.
+
+        Args:
+            parts: How many.
+            event: Of which kind; it may be left out if the plan has one kind alone.
 
         Raises:
             ReservationError: if that is more than was reserved, or the block has ended. Do not release then.
         """
         parts = check_count(parts, "parts", "commit", low=1)
+        kind = self.step if event is None else event
         if not self._open:
             raise ReservationError("The reservation is closed; reserve a new plan before releasing more.")
-        if self.committed + parts > self.parts:
+        if kind not in self._planned:
+            kinds = ", ".join(map(str, self._planned))
+            raise ReservationError(f"The plan has no part {kind}: commit one of {kinds:.200}.")
+        planned, committed = self._planned[kind], self._committed[kind]
+        if committed + parts > planned:
             raise ReservationError(
-                f"The plan has {self.parts} parts, {self.committed} are committed; {parts} more exceed it."
+                f"The plan has {planned} parts, {committed} are committed; {parts} more exceed it."
             )
-        self.committed += parts
+        self._committed[kind] += parts
 
     def commit_all(self) -> None:
         """Commit what is left of the plan."""
-        if self.parts > self.committed:
-            self.commit(self.parts - self.committed)
+        for event, planned in self._planned.items():
+            if left := planned - self._committed[event]:
+                self.commit(left, event)
 
     @property
     def committed_event(self) -> Event:
         """What was committed so far, as an event."""
-        if self.committed == self.parts:
+        if self._committed == self._planned:
             return self.plan
-        return Repeated(self.step, self.committed)
+        parts = [Repeated(event, count) for event, count in self._committed.items()]
+        return parts[0] if len(parts) == 1 else Composed(parts)
 
     def close(self) -> None:
         """End the reservation, giving back what was not committed where that is sound."""
@@ -304,6 +328,15 @@ class Reservation:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _kinds(plan: Event) -> dict[Event, int]:
+    """The parts of a plan that may be committed one by one, and how many there are of each."""
+    kinds: dict[Event, int] = {}
+    for member in plan.events if isinstance(plan, Composed) else (plan,):
+        event, count = (member.event, member.count) if isinstance(member, Repeated) else (member, 1)
+        kinds[event] = kinds.get(event, 0) + count
+    return kinds
 
 
 def _check_delta(delta: float) -> float:

@@ -219,8 +219,9 @@ class EpsilonDelta(Event):
 class _TeacherVote(Event):
     """One query that all teachers vote on. One record belongs to one teacher, and so changes one vote.
 
-    So the relations zero-out and replace-one cost the same. Under add-or-remove-one it takes a partition
-    by the records themselves (such as a hash), so that no other teacher's data shifts.
+    It takes a partition by the records themselves (such as a hash), so that no other teacher's data shifts
+    when one comes or goes. Under replace-one the record may leave one teacher and its successor join
+    another, so two votes change.
     """
 
     may_be_sampled: ClassVar[bool] = False
@@ -240,7 +241,7 @@ class GNMax(_TeacherVote):
         store_number(self, "sigma", 0, 1e15)
 
     def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
-        return {gaussian(self.sigma / _ROOT_2): 1}
+        return {gaussian(self.sigma / _ROOT_2 / changes(relation)): 1}
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ class GNMaxThreshold(_TeacherVote):
         store_number(self, "sigma", 0, 1e15)
 
     def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
-        return {gaussian(self.sigma): 1}
+        return {gaussian(self.sigma / changes(relation)): 1}
 
 
 @dataclass(frozen=True)
@@ -273,4 +274,5 @@ class LNMax(_TeacherVote):
         store_number(self, "scale", 0, 1e15)
 
     def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
-        return {Atom.NON_PRIVATE: 1} if self.scale < LEAST_SCALE else _pure(2 / self.scale)
+        scale = self.scale / changes(relation)
+        return {Atom.NON_PRIVATE: 1} if scale < LEAST_SCALE else _pure(2 / scale)

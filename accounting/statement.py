@@ -37,13 +37,13 @@ class Risk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivacyFacts:
-    """What a statement is made of. All of it is public.
+class GuaranteeFacts:
+    """What every statement is made of. All of it is public.
 
     Attributes:
         dataset: What the private data is called.
         method: The training method, in words.
-        status: "completed" or "stopped".
+        status: "completed", "stopped" or "diverged".
         relation: The neighbouring relation.
         n_is_public: Whether the number of records is taken to be public.
         epsilon: The guarantee: ε of the whole plan, an upper bound.
@@ -51,18 +51,11 @@ class PrivacyFacts:
         epsilon_spent: ε of what was executed: an odometer reading.
         delta: δ.
         accountant: "pld" or "rdp".
-        noise_multiplier: Standard deviation of the noise over the clip norm.
-        clip_norm: The clip norm.
-        sensitivity_slack: How much the arithmetic may exceed the clip norm, relatively.
-        sampling_probability: Of each record in each step.
-        expected_batch_size: The divisor of the noisy sums.
-        planned_steps: Steps that were reserved.
-        steps: Steps that were released.
+        noise_multiplier: Standard deviation of the noise: over the clip norm, or in votes.
         noise_is_secret: Whether noise and sampling are unpredictable.
-        risk: What an attacker can do at best.
+        risk: What an attacker can do at best; None where only Rényi divergences are known.
         test_set_is_public: Whether the test set is that of a public benchmark.
         not_private_logs: Whether private figures were logged beside the results.
-        clip_quantile: The quantile that the clip norm followed by noisy counts; None if it was fixed.
     """
 
     dataset: str
@@ -76,17 +69,60 @@ class PrivacyFacts:
     delta: float
     accountant: str
     noise_multiplier: float
+    noise_is_secret: bool
+    risk: Risk | None
+    test_set_is_public: bool
+    not_private_logs: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyFacts(GuaranteeFacts):
+    """What the statement of a DP-SGD run is made of.
+
+    Attributes:
+        clip_norm: The clip norm.
+        sensitivity_slack: How much the arithmetic may exceed the clip norm, relatively.
+        sampling_probability: Of each record in each step.
+        expected_batch_size: The divisor of the noisy sums.
+        planned_steps: Steps that were reserved.
+        steps: Steps that were released.
+        clip_quantile: The quantile that the clip norm followed by noisy counts; None if it was fixed.
+    """
+
     clip_norm: float
     sensitivity_slack: float
     sampling_probability: float
     expected_batch_size: float
     planned_steps: int
     steps: int
-    noise_is_secret: bool
-    risk: Risk
-    test_set_is_public: bool
-    not_private_logs: bool
     clip_quantile: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PATEFacts(GuaranteeFacts):
+    """What the statement of a PATE run is made of.
+
+    Attributes:
+        aggregator: Its name.
+        teachers: Number of teachers.
+        threshold: Of the check, in votes; None without a check.
+        threshold_noise: Standard deviation of the check's noise, in votes.
+        planned_queries: Queries that were reserved.
+        planned_answers: Answers that were reserved.
+        queries: Queries that were asked.
+        answers: Queries that were answered.
+        published: The sanitised data-dependent ε, if there is one.
+    """
+
+    aggregator: str
+    teachers: int
+    threshold: float | None
+    threshold_noise: float | None
+    planned_queries: int
+    planned_answers: int
+    queries: int
+    answers: int
+    published: float | None = None
 
 
 _RELATIONS: dict[NeighboringRelation, str] = {
@@ -98,35 +134,26 @@ _RELATIONS: dict[NeighboringRelation, str] = {
 }
 
 
-def statement(facts: PrivacyFacts) -> str:
+def statement(facts: PrivacyFacts | PATEFacts) -> str:
     """Return the statement in Markdown."""
-    f = facts
-    warning = (
-        ""
-        if f.noise_is_secret
-        else "> **Not for release.** Noise and sampling came from a known seed: whoever has it can remove the "
-        "noise. The figures below hold for the same run with secret randomness.\n\n"
-    )
-    stopped = (
-        ""
-        if f.status == "completed"
-        else f"The run {_ENDS.get(f.status, 'ended')} after {f.steps:,} of {f.planned_steps:,} steps. If the moment was chosen by "
-        "someone who saw results, what was spent until then is an odometer reading and no guarantee. The "
-        f"guarantee is that of the whole plan, above. The reading: ε = {_up(f.epsilon_spent)}.\n\n"
-    )
-    size = "the number of training records, " if f.n_is_public else ""
-    hidden = "" if f.n_is_public else " The number of training records is not."
-    test = (
-        "The test set is that of a public benchmark."
-        if f.test_set_is_public
-        else "The test set you gave is taken to be public: accuracy on it is released exactly."
-    )
-    logs = (
-        "\n- **Logged beside this run** under `not_private/`: loss, gradient norms and the share of clipped "
-        "gradients. They are computed from private records without noise. Do not publish them."
-        if f.not_private_logs
-        else ""
-    )
+    words = _dpsgd(facts) if isinstance(facts, PrivacyFacts) else _pate(facts)
+    return _assembled(facts, words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Words:
+    """What a method says in its statement."""
+
+    subject: str
+    seen: str
+    covered: str
+    not_covered: str
+    logs: str
+    progress: str
+    rows: list[tuple[str, str]]
+
+
+def _dpsgd(f: PrivacyFacts) -> _Words:
     rounding = (
         " The rounding of other records' float32 gradients when they change places in a batch is covered by "
         "the slack below for ordinary networks, but not proven for inputs of extreme scale."
@@ -145,35 +172,118 @@ def statement(facts: PrivacyFacts) -> str:
             if f.relation == "add-or-remove-one"
             else ""
         )
+    return _Words(
+        subject=f"The model trained on `{f.dataset}` by {f.method}",
+        seen="the model, and every model on the way to it,",
+        covered=f"the weights{norms} after every step",
+        not_covered=rounding,
+        logs="loss, gradient norms and the share of clipped gradients. They are computed from private records",
+        progress=f"{f.steps:,} of {f.planned_steps:,} steps",
+        rows=[
+            ("mechanism", f"Gaussian noise on {releases} of a Poisson sample"),
+            ("clip norm, noise multiplier", f"{f.clip_norm:g}, {f.noise_multiplier:.6g}{adapts}"),
+            (
+                "sampling probability",
+                f"{f.sampling_probability:.6g} (expected batch size {f.expected_batch_size:g})",
+            ),
+            ("steps planned, released", f"{f.planned_steps:,}, {f.steps:,}"),
+            ("slack of the clipping, charged", f"{f.sensitivity_slack:g}"),
+        ],
+    )
+
+
+def _pate(f: PATEFacts) -> _Words:
+    kind = "Laplace" if f.aggregator == "lnmax" else "Gaussian"
+    rows = [
+        ("mechanism", f"{f.aggregator}: {kind} noise on the votes of {f.teachers:,} teachers for each class"),
+        ("noise on a count", f"{f.noise_multiplier:.6g} votes"),
+    ]
+    if f.threshold is not None and f.threshold_noise is not None:
+        rows.append(
+            ("check before an answer", f"{f.threshold:g} votes, with noise of {f.threshold_noise:.6g} votes")
+        )
+    rows += [
+        ("queries planned, asked", f"{f.planned_queries:,}, {f.queries:,}"),
+        ("answers planned, given", f"{f.planned_answers:,}, {f.answers:,}"),
+    ]
+    if f.published is not None:
+        rows.append(
+            (
+                "data-dependent ε, sanitised and released",
+                f"{_up(f.published)} at δ = {f.delta:g}: it holds at the votes that there were, this release included",
+            )
+        )
+    return _Words(
+        subject=f"The student trained by {f.method} with teachers of `{f.dataset}`",
+        seen="the student and every answer that it learned from",
+        covered="which queries were answered, the answers, and all that is made of them. The public inputs, the "
+        "teachers' partition and settings are public. **The teachers themselves and their votes are private** and "
+        "must not be published",
+        not_covered="",
+        logs="the data-dependent ε and accuracies. They are computed from private votes",
+        progress=f"{f.queries:,} of {f.planned_queries:,} queries",
+        rows=rows,
+    )
+
+
+def _assembled(f: GuaranteeFacts, words: _Words) -> str:
+    warning = (
+        ""
+        if f.noise_is_secret
+        else "> **Not for release.** Noise and sampling came from a known seed: whoever has it can remove the "
+        "noise. The figures below hold for the same run with secret randomness.\n\n"
+    )
+    stopped = (
+        ""
+        if f.status == "completed"
+        else f"The run {_ENDS.get(f.status, 'ended')} after {words.progress}. If the moment was chosen by "
+        "someone who saw results, what was spent until then is an odometer reading and no guarantee. The "
+        f"guarantee is that of the whole plan, above. The reading: ε = {_up(f.epsilon_spent)}.\n\n"
+    )
+    size = "the number of training records, " if f.n_is_public else ""
+    hidden = "" if f.n_is_public else " The number of training records is not."
+    test = (
+        "The test set is that of a public benchmark."
+        if f.test_set_is_public
+        else "The test set you gave is taken to be public: accuracy on it is released exactly."
+    )
+    logs = (
+        f"\n- **Logged beside this run** under `not_private/`: {words.logs} without noise. Do not publish them."
+        if f.not_private_logs
+        else ""
+    )
+    rows = [
+        *words.rows,
+        ("accountant", _ACCOUNTANTS[f.accountant]),
+        ("ε, upper bound (the guarantee)", _up(f.epsilon)),
+        ("ε, lower bound for the dominating pair", _down(f.epsilon_lower)),
+    ]
+    if f.risk is not None:
+        rates = f"TPR {_percent(f.risk.tpr_at_fpr_1)} at FPR 1 %; TPR {_percent(f.risk.tpr_at_fpr_01)} at FPR 0.1 %"
+        figure = f"μ = {_up(f.risk.mu)} (a figure of speech: it says nothing about other δ)"
+        rows += [("membership inference, at most", rates), ("Gaussian noise with this ε at this δ", figure)]
+    secret = "secret, keyed by the operating system" if f.noise_is_secret else "SEEDED, not secret"
+    rows.append(("noise and sampling", secret))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""# Privacy statement
 
-{warning}The model trained on `{f.dataset}` by {f.method} satisfies **(ε, δ)-differential privacy with ε = \
+{warning}{words.subject} satisfies **(ε, δ)-differential privacy with ε = \
 {_up(f.epsilon)} and δ = {f.delta:g}**.
 
 {stopped}- **What is protected**: each single record of the training set: {_RELATIONS[f.relation]}.
-- **What that means**: whoever sees the model, and every model on the way to it, and knows all other records, \
+- **What that means**: whoever sees {words.seen} and knows all other records, \
 can hardly tell whether or how one record took part. Any event is at most e^ε ≈ {_power(f.epsilon)} times as \
 likely with the record as without it, up to δ.
 - **What is public**: {size}the form of a record (shape, number of classes), and every setting in \
 `summary.json`.{hidden}
-- **What is covered**: the weights{norms} after every step. {test}
+- **What is covered**: {words.covered}. {test}
 - **What is not covered**: records that appear several times or belong to the same person (protection weakens \
 with the number of such records); choices made by looking at the private data, such as hyperparameters tuned on \
-it; timing and memory use.{rounding}{logs}
+it; timing and memory use.{words.not_covered}{logs}
 
 | | |
 | --- | --- |
-| mechanism | Gaussian noise on {releases} of a Poisson sample |
-| clip norm, noise multiplier | {f.clip_norm:g}, {f.noise_multiplier:.6g}{adapts} |
-| sampling probability | {f.sampling_probability:.6g} (expected batch size {f.expected_batch_size:g}) |
-| steps planned, released | {f.planned_steps:,}, {f.steps:,} |
-| slack of the clipping, charged | {f.sensitivity_slack:g} |
-| accountant | {_ACCOUNTANTS[f.accountant]} |
-| ε, upper bound (the guarantee) | {_up(f.epsilon)} |
-| ε, lower bound for the dominating pair | {_down(f.epsilon_lower)} |
-| membership inference, at most | TPR {_percent(f.risk.tpr_at_fpr_1)} at FPR 1 %; TPR {_percent(f.risk.tpr_at_fpr_01)} at FPR 0.1 % |
-| Gaussian noise with this ε at this δ | μ = {_up(f.risk.mu)} (a figure of speech: it says nothing about other δ) |
-| noise and sampling | {"secret, keyed by the operating system" if f.noise_is_secret else "SEEDED, not secret"} |
+{table}
 
 The events behind these figures are in `privacy_events.json`; \
 `dpml account --events privacy_events.json --delta {f.delta:g}` recomputes ε.

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from dpml.mechanism import SampledGaussianMechanism, set_gradients
     from dpml.models import build
     from dpml.noise import GaussianNoise
+    from dpml.pate.config import PATEConfig, PATERun
+    from dpml.pate.predict import PrivatePredictor
+    from dpml.pate.trainer import run_pate, train_pate
     from dpml.randomness import Randomness
     from dpml.report import TrainingResult
 
@@ -46,9 +49,12 @@ _HOMES = {
     "GaussianNoise": "dpml.noise",
     "BookKeepingEngine": "dpml.gradients",
     "OpacusEngine": "dpml.gradients",
+    "PATEConfig": "dpml.pate.config",
+    "PATERun": "dpml.pate.config",
     "PoissonSampler": "dpml.data.samplers",
     "PrivacyAccountant": "accounting",
     "PrivacyBudget": "accounting",
+    "PrivatePredictor": "dpml.pate.predict",
     "Randomness": "dpml.randomness",
     "Repeated": "accounting",
     "SampledGaussianMechanism": "dpml.mechanism",
@@ -60,8 +66,10 @@ _HOMES = {
     "cross_entropy": "dpml.gradients",
     "load": "dpml.data",
     "run_dpsgd": "dpml.dpsgd",
+    "run_pate": "dpml.pate.trainer",
     "set_gradients": "dpml.mechanism",
     "train_dpsgd": "dpml.dpsgd",
+    "train_pate": "dpml.pate.trainer",
 }
 
 __all__ = [
@@ -74,9 +82,12 @@ __all__ = [
     "Examples",
     "GaussianNoise",
     "OpacusEngine",
+    "PATEConfig",
+    "PATERun",
     "PoissonSampler",
     "PrivacyAccountant",
     "PrivacyBudget",
+    "PrivatePredictor",
     "Randomness",
     "Repeated",
     "SampledGaussianMechanism",
@@ -88,8 +99,10 @@ __all__ = [
     "cross_entropy",
     "load",
     "run_dpsgd",
+    "run_pate",
     "set_gradients",
     "train_dpsgd",
+    "train_pate",
 ]
 
 

@@ -7,23 +7,29 @@ says what to change), 3 where the budget does not allow the run, 130 after Ctrl-
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shlex
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from accounting import BudgetExceeded, UnreachableBudget, UserError
+from accounting import BudgetExceeded, PrivacyBudget, UnreachableBudget, UserError
 from dpml.config import DPSGDRun
 from dpml.options import options_from, typed
+from dpml.pate.config import PATERun
 from dpml.questions import account, calibrate
 from dpml.table import print_table
+
+if TYPE_CHECKING:
+    from dpml.report import TrainingResult
 
 OK, FAILED, WRONG_CALL, NO_BUDGET, INTERRUPTED = 0, 1, 2, 3, 130
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": False}
@@ -73,6 +79,12 @@ def dpml() -> None:
 
 # ---------------------------------------------------------------- train
 
+_OUTPUT = click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="A new folder for everything the run leaves; by default runs/DATASET-METHOD-TIME.",
+)
+
 
 @dpml.group()
 def train() -> None:
@@ -81,45 +93,71 @@ def train() -> None:
 
 @train.command("dpsgd")
 @options_from(DPSGDRun, required=("dataset",))
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="A new folder for everything the run leaves; by default runs/DATASET-dpsgd-TIME.",
-)
+@_OUTPUT
 def train_dpsgd(output: Path | None, **values: Any) -> int:
     """Train with DP-SGD: a budget in (--epsilon), or noise in (--noise-multiplier) and ε out.
 
     What is not given comes from the data set's default recipe.
     """
     from dpml.dpsgd import run_dpsgd
+
+    run = DPSGDRun(**_configuration("dpsgd", typed(values)))
+    return _trained(run, output, "dpsgd", run_dpsgd)
+
+
+@train.command("pate")
+@options_from(PATERun, required=("dataset",))
+@_OUTPUT
+def train_pate(output: Path | None, **values: Any) -> int:
+    """Train with PATE: teachers on shards of the private data answer for a student.
+
+    A budget (--epsilon), --noise-multiplier and --queries fix each other. What is not given comes from the
+    data set's default recipe.
+    """
+    from dpml.pate.trainer import run_pate
+
+    run = PATERun(**_configuration("pate", typed(values)))
+    return _trained(run, output, "pate", run_pate)
+
+
+@dpml.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def resume(folder: Path) -> int:
+    """Go on with a PATE run that was interrupted or killed. What was answered is not paid for twice."""
+    from dpml.pate.trainer import read_run, run_pate
+
+    return _trained(read_run(folder), folder, "pate", partial(run_pate, resume=True))
+
+
+def _trained(run: Any, output: Path | None, method: str, train_run: Callable[..., TrainingResult]) -> int:
+    """Run with progress, show the summary, and return the exit status."""
     from dpml.tracking import ProgressLine
 
-    run = _configuration(typed(values))
     if output is None:
         now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        output = Path("runs") / f"{Path(run.dataset).stem}-dpsgd-{now}"
+        output = Path("runs") / f"{Path(run.dataset).stem}-{method}-{now}"
     progress = ProgressLine(Path(run.dataset).name)
     try:
-        result = run_dpsgd(run, output=output, trackers=[progress])
+        result = train_run(run, output=output, trackers=[progress])
     finally:
         progress.finish()  # an error must not leave the terminal without its cursor
     _show_run(result.summary, output)
     return {"completed": OK, "stopped": INTERRUPTED}.get(result.status, FAILED)
 
 
-def _configuration(given: dict[str, Any]) -> DPSGDRun:
+def _configuration(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """What was typed, over the data set's default recipe."""
     from dpml.registry import default_run
 
     private = not given.get("non_private", False)
-    recipe = default_run("dpsgd", given["dataset"], private=private)
+    recipe = default_run(method, given["dataset"], private=private)
     base = {} if recipe is None else dict(vars(recipe))
-    # The wish for privacy is the caller's alone: a recipe's own ε, δ or noise never stands in for it.
-    for wish in ("epsilon", "noise_multiplier", "delta", "non_private"):
+    # The wish for privacy is the caller's alone: a recipe's own ε, δ, noise or queries never stand in for it.
+    for wish in ("epsilon", "noise_multiplier", "delta", "non_private", "queries"):
         base.pop(wish, None)
     # A recipe knows where its data is: for one from another package, the name typed is the recipe's alone.
     dataset = {} if recipe is None else {"dataset": recipe.dataset}
-    return DPSGDRun(**{**base, **given, **dataset})
+    return {**base, **given, **dataset}
 
 
 def _show_run(summary: dict[str, Any], output: Path) -> None:
@@ -128,10 +166,19 @@ def _show_run(summary: dict[str, Any], output: Path) -> None:
         rows["ε"] = "∞ (no privacy)"
     else:
         rows["ε"] = f"{summary['epsilon']:.4f} at δ = {summary['delta']:g} ({_relation(summary)})"
-        rows["noise multiplier"] = f"{summary['noise_multiplier']:.4f}"
+        rows["noise multiplier"] = f"{summary['noise_multiplier']:.4f}" + (
+            " votes" if summary["method"] == "pate" else ""
+        )
     if summary["test_accuracy"] is not None:
         rows["test accuracy"] = f"{summary['test_accuracy']:.2%}"
-    rows["training"] = f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s"
+    if summary["method"] == "pate":
+        asked, answered = summary["queries_asked"], summary["queries_answered"]
+        rows["queries"] = f"{asked:,} asked, {answered:,} answered, by {summary['teachers']:,} teachers"
+        if summary["sanitised_epsilon"] is not None:
+            rows["ε at these votes"] = f"{summary['sanitised_epsilon']:.4f} (data-dependent, sanitised)"
+        rows["training"] = f"{summary['train_seconds']:.1f} s"
+    else:
+        rows["training"] = f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s"
     rows["output"] = str(output)
     rows["curves"] = f"tensorboard --logdir {shlex.quote(str(output))}"
     print_table(rows)
@@ -141,6 +188,7 @@ def _show_run(summary: dict[str, Any], output: Path) -> None:
         click.echo("dpml: the weights are not finite any more; lower the learning rate.", err=True)
     if (
         summary["n_is_public"]
+        and summary["sampling_probability"] is not None
         and summary["delta"] * summary["expected_batch_size"] >= (summary["sampling_probability"])
     ):
         click.echo(
@@ -165,6 +213,55 @@ def _say_stopped(summary: dict[str, Any]) -> None:
 def _relation(summary: dict[str, Any]) -> str:
     public = ", number of records public" if summary["n_is_public"] else ""
     return f"{summary['neighboring_relation']}{public}"
+
+
+# ---------------------------------------------------------------- predict
+
+
+@dpml.command()
+@click.argument("ensemble", type=click.Path(path_type=Path))
+@click.option(
+    "--inputs", type=click.Path(path_type=Path), required=True, help="An .npz file with an array x."
+)
+@click.option("--epsilon", type=float, help="With the first question: the budget ε for the teachers' data.")
+@click.option("--delta", type=float, help="With the first question: δ.")
+@click.option(
+    "--noise-multiplier", type=float, help="Noise on a count, in votes; by default 0.16 × teachers."
+)
+@click.option("--confident", is_flag=True, help="Refuse where fewer than 80 % of the teachers seem to agree.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def predict(
+    ensemble: Path,
+    inputs: Path,
+    epsilon: float | None,
+    delta: float | None,
+    noise_multiplier: float | None,
+    confident: bool,
+    as_json: bool,
+) -> None:
+    """Let an ensemble of teachers answer, with noise, under a budget that lasts from call to call.
+
+    ENSEMBLE is a folder such as runs/b/ensemble. The same input asked again costs nothing.
+    """
+    from dpml.data.arrays import load_inputs
+    from dpml.pate.answers import FORFEITED, REFUSED
+    from dpml.pate.predict import PrivatePredictor
+
+    if (epsilon is None) != (delta is None):
+        raise click.UsageError("Give --epsilon and --delta together.")
+    budget = None if epsilon is None or delta is None else PrivacyBudget(epsilon, delta)
+    predictor = PrivatePredictor(
+        ensemble, budget=budget, noise_multiplier=noise_multiplier, confident=confident
+    )
+    classes = predictor.predict(load_inputs(inputs, "x")).tolist()
+    words = {REFUSED: "refused", FORFEITED: "forfeited"}
+    if as_json:
+        found = [None if found < 0 else found for found in classes]
+        click.echo(json.dumps({"classes": found, "queries_left": predictor.left}))
+        return
+    for found in classes:
+        click.echo(words.get(found, found))
+    click.echo(f"dpml: {predictor.left:,} more inputs can be asked about.", err=True)
 
 
 dpml.add_command(account)

@@ -1,4 +1,4 @@
-"""The configuration of a DP-SGD run. The command line is generated from it.
+"""The configuration of a run. The command line is generated from it.
 
 A field's docstring is its help text. `DPSGDConfig` is what `dpml.train_dpsgd` needs beside a model and data;
 `DPSGDRun` adds what names them, and is a complete run: what recipes return and `summary.json` keeps.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from accounting import Method, NeighboringRelation, PrivacyBudget, UserError
 from accounting.accountant import METHODS
@@ -24,13 +24,97 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPSGDConfig:
-    """How to train with DP-SGD. Give a budget (epsilon) or a noise multiplier, not both."""
+class PrivateConfig:
+    """What the trainers share. Give a budget (epsilon) or a noise multiplier, not both."""
 
     epsilon: float | None = None
     """Privacy budget ε: the noise is chosen such that the whole run costs at most this."""
     delta: float | None = None
     """Privacy parameter δ, well below one over the number of records; 1e-5 is customary for 60,000."""
+    noise_multiplier: float | None = None
+    """Noise instead of a budget. ε follows from it."""
+    non_private: bool = False
+    """Train without noise: the ceiling that privacy is measured against."""
+    device: Device = "auto"
+    """Where to compute: cpu, cuda, or auto (cuda if there is one)."""
+    seed: int = 0
+    """Fixes what privacy does not depend on."""
+    insecure_noise_seed: int | None = None
+    """Fixes the noise too. For tests and experiments: such a run is not for release."""
+    accountant: Method = "pld"
+    """How ε is computed: pld (tight) or rdp."""
+    log_not_private: bool = False
+    """Also log figures that are NOT covered by ε, to files readable by their owner alone."""
+
+    def __post_init__(self) -> None:
+        self._check_privacy()
+        count_field(self, "seed")
+        count_field(self, "insecure_noise_seed")
+        switch_field(self, "log_not_private")
+        choice_field(self, "device", ("auto", "cpu", "cuda"))
+        choice_field(self, "accountant", METHODS)
+
+    def _check_privacy(self) -> None:
+        switch_field(self, "non_private")
+        wishes = [name for name in ("epsilon", "noise_multiplier") if getattr(self, name) is not None]
+        wishes += ["non_private"] if self.non_private else []
+        self._check_wishes(wishes)
+        number_field(self, "epsilon", high=1e9)
+        number_field(self, "noise_multiplier", high=1e7)
+        number_field(self, "delta", high=1)
+        if self.delta is None and not self.non_private:
+            raise UserError(
+                "Give delta, well below one over the number of records; 1e-5 is customary for 60,000. "
+                "Got none."
+            )
+
+    def _check_wishes(self, wishes: list[str]) -> None:
+        if len(wishes) != 1:
+            got = " and ".join(wishes) or "none of them"
+            raise UserError(
+                f"Give exactly one of epsilon (a budget), noise_multiplier or non_private. Got {got}."
+            )
+
+    @property
+    def budget(self) -> PrivacyBudget | None:
+        """The budget, if ε was given."""
+        if self.epsilon is None or self.delta is None:
+            return None
+        return PrivacyBudget(self.epsilon, self.delta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Which data a complete run is about."""
+
+    dataset: str
+    """A name (digits, mnist, fashion-mnist, cifar10) or a path: an .npz file with x_train, y_train, x_test,
+    y_test, or an image folder train/CLASS/*.png, test/CLASS/*.png."""
+    classes: int | None = None
+    """Number of classes of your own .npz data; by default one more than the largest label."""
+    image_size: int | None = None
+    """Side in pixels to which the images of a folder are resized; by default they must be equal."""
+
+    def check_source(self) -> None:
+        """Raise UserError for a data set that cannot be one."""
+        dataset: object = self.dataset
+        if isinstance(dataset, os.PathLike):
+            object.__setattr__(self, "dataset", os.fspath(dataset))
+        if not isinstance(self.dataset, str) or not self.dataset:
+            raise UserError(f"The dataset must be a name or a path. Got {self.dataset!r}.")
+        count_field(self, "classes", low=2)
+        count_field(self, "image_size", low=1)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of resized images."""
+        return None if self.image_size is None else (self.image_size, self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPSGDConfig(PrivateConfig):
+    """How to train with DP-SGD. Give a budget (epsilon) or a noise multiplier, not both."""
+
     noise_multiplier: float | None = None
     """Noise instead of a budget: its standard deviation over the clip norm. ε follows from it."""
     non_private: bool = False
@@ -75,132 +159,90 @@ class DPSGDConfig:
     result."""
     workers: int = 0
     """Processes that load data; 0 loads in the main process. For data sets that are not in memory."""
-    device: Device = "auto"
-    """Where to compute: cpu, cuda, or auto (cuda if there is one)."""
     seed: int = 0
     """Fixes the initial weights. Noise, sampling, augmentation and dropout stay secret."""
     insecure_noise_seed: int | None = None
     """Fixes noise, sampling, augmentation and dropout too. For tests and experiments: such a run is not for
     release."""
-    accountant: Method = "pld"
-    """How ε is computed: pld (tight) or rdp."""
     log_not_private: bool = False
     """Also log loss, gradient norms and clipping to TensorBoard. They are NOT covered by ε; their file is
     readable by its owner alone."""
 
     def __post_init__(self) -> None:
-        self._check_privacy()
-        _number(self, "epochs", high=1e9)
-        _count(self, "batch_size", low=1)
-        _number(self, "sampling_probability", high=1, closed="right")
+        super().__post_init__()
+        number_field(self, "epochs", high=1e9)
+        count_field(self, "batch_size", low=1)
+        number_field(self, "sampling_probability", high=1, closed="right")
         if self.neighboring_relation is not None:
             check_relation(self.neighboring_relation)
-        _number(self, "clip_norm", high=1e12)
-        _number(self, "clip_quantile", high=1)
-        _number(self, "learning_rate", high=1e12)
-        _number(self, "momentum", high=1, closed="left")
-        _number(self, "average", high=1, closed="left")
-        _count(self, "views", low=1)
+        number_field(self, "clip_norm", high=1e12)
+        number_field(self, "clip_quantile", high=1)
+        number_field(self, "learning_rate", high=1e12)
+        number_field(self, "momentum", high=1, closed="left")
+        number_field(self, "average", high=1, closed="left")
+        count_field(self, "views", low=1)
         if self.augment not in _AUGMENTATIONS:
             names = ", ".join(_AUGMENTATIONS)
             raise UserError(
                 f"The augment must be one of {names}; a function of your own goes to train_dpsgd as its "
                 f"argument. Got {self.augment!r}."
             )
-        _count(self, "micro_batch_size", low=1)
-        _count(self, "workers")
-        _count(self, "seed")
-        _count(self, "insecure_noise_seed")
-        _switch(self, "log_not_private")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"The device must be auto, cpu or cuda. Got {self.device!r}.")
-        if self.clipping not in CLIPPING_MODES:
-            raise UserError(
-                f"The clipping must be one of {', '.join(CLIPPING_MODES)}. Got {self.clipping!r}."
-            )
+        count_field(self, "micro_batch_size", low=1)
+        count_field(self, "workers")
+        choice_field(self, "clipping", CLIPPING_MODES)
         if self.clip_quantile is not None and self.clipping != "flat":
             raise UserError(
                 f"A clip_quantile needs flat clipping: there is no one norm to adapt in {self.clipping} "
                 "clipping. Leave out one of the two."
             )
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"The schedule must be one of {', '.join(SCHEDULES)}. Got {self.schedule!r}.")
-        if self.accountant not in METHODS:
-            raise UserError(f"The accountant must be one of {', '.join(METHODS)}. Got {self.accountant!r}.")
-
-    def _check_privacy(self) -> None:
-        _switch(self, "non_private")
-        wishes = [name for name in ("epsilon", "noise_multiplier") if getattr(self, name) is not None]
-        wishes += ["non_private"] if self.non_private else []
-        if len(wishes) != 1:
-            got = " and ".join(wishes) or "none of them"
-            raise UserError(
-                f"Give exactly one of epsilon (a budget), noise_multiplier or non_private. Got {got}."
-            )
-        _number(self, "epsilon", high=1e9)
-        _number(self, "noise_multiplier", high=1e7)
-        _number(self, "delta", high=1)
-        if self.delta is None and not self.non_private:
-            raise UserError(
-                "Give delta, well below one over the number of records; 1e-5 is customary for 60,000. "
-                "Got none."
-            )
-
-    @property
-    def budget(self) -> PrivacyBudget | None:
-        """The budget, if ε was given."""
-        if self.epsilon is None or self.delta is None:
-            return None
-        return PrivacyBudget(self.epsilon, self.delta)
+        choice_field(self, "schedule", SCHEDULES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPSGDRun(DPSGDConfig):
+class DPSGDRun(DPSGDConfig, DataSource):
     """A complete run: data, model, training."""
 
-    dataset: str
-    """A name (digits, mnist, fashion-mnist, cifar10) or a path: an .npz file with x_train, y_train, x_test,
-    y_test, or an image folder train/CLASS/*.png, test/CLASS/*.png."""
     model: str = "auto"
     """The model: cnn, mlp or linear; auto is cnn for images and mlp for features."""
-    classes: int | None = None
-    """Number of classes of your own .npz data; by default one more than the largest label."""
-    image_size: int | None = None
-    """Side in pixels to which the images of a folder are resized; by default they must be equal."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        dataset: object = self.dataset
-        if isinstance(dataset, os.PathLike):
-            object.__setattr__(self, "dataset", os.fspath(dataset))
-        if not isinstance(self.dataset, str) or not self.dataset:
-            raise UserError(f"The dataset must be a name or a path. Got {self.dataset!r}.")
-        _count(self, "classes", low=2)
-        _count(self, "image_size", low=1)
+        self.check_source()
 
 
-# A checked number is kept as Python's own: NumPy's, which callers may pass, go into no JSON file.
+# Checks of fields. A checked number is kept as Python's own: NumPy's, which callers pass, go into no JSON.
 
 
-def _number(config: DPSGDConfig, name: str, *, high: float, closed: str = "neither") -> None:
+def number_field(config: object, name: str, *, high: float, low: float = 0, closed: str = "neither") -> None:
+    """Check that a field is a number in the interval, or None where that is its default."""
     value = getattr(config, name)
     if value is None and _is_optional(config, name):
         return
-    object.__setattr__(config, name, check_number(value, name, "a run", low=0, high=high, closed=closed))
+    object.__setattr__(config, name, check_number(value, name, "a run", low=low, high=high, closed=closed))
 
 
-def _count(config: DPSGDConfig, name: str, *, low: int = 0) -> None:
+def count_field(config: object, name: str, *, low: int = 0) -> None:
+    """Check that a field is a whole number of at least `low`, or None where that is its default."""
     value = getattr(config, name)
     if value is None and _is_optional(config, name):
         return
     object.__setattr__(config, name, check_count(value, name, "a run", low=low))
 
 
-def _is_optional(config: DPSGDConfig, name: str) -> bool:
-    return config.__dataclass_fields__[name].default is None
-
-
-def _switch(config: DPSGDConfig, name: str) -> None:
+def switch_field(config: object, name: str) -> None:
+    """Check that a field is True or False."""
     value = getattr(config, name)
     if not isinstance(value, bool):
         raise UserError(f"The '{name}' parameter of a run must be True or False. Got {value!r}.")
+
+
+def choice_field(config: object, name: str, choices: tuple[str, ...]) -> None:
+    """Check that a field is one of `choices`."""
+    value = getattr(config, name)
+    if value not in choices:
+        names = ", ".join(choices)
+        raise UserError(f"The {name.replace('_', ' ')} must be one of {names}. Got {value!r}.")
+
+
+def _is_optional(config: Any, name: str) -> bool:
+    return config.__dataclass_fields__[name].default is None

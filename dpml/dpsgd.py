@@ -27,13 +27,14 @@ from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.data import LabeledData, load
 from dpml.data.batches import Examples
 from dpml.data.samplers import PoissonSampler
+from dpml.device import choose_device
 from dpml.gradients import BookKeepingEngine, Clipping, Engine, Loss, cross_entropy
 from dpml.gradients.engine import plain_sum, trainable_parameters
 from dpml.gradients.models import make_trainable, require_example_losses, require_trainable
 from dpml.mechanism import SampledGaussianMechanism, set_gradients
 from dpml.noise import GaussianNoise
 from dpml.outputs import RunFolder
-from dpml.planning import SamplingPlan, count_noise
+from dpml.planning import SamplingPlan, accountant_for, count_noise
 from dpml.randomness import Randomness
 from dpml.report import Report, Status, TrainingResult
 from dpml.tracking import TensorBoard, Tracker
@@ -50,8 +51,7 @@ def run_dpsgd(
         UserError: for a mistake in the configuration, the data or the output folder.
         BudgetExceeded, UnreachableBudget: if the budget cannot be met.
     """
-    size = None if run.image_size is None else (run.image_size, run.image_size)
-    data = load(run.dataset, classes=run.classes, image_size=size)
+    data = load(run.dataset, classes=run.classes, image_size=run.size)
     run = replace(run, model=_model_name(run, data))
     # The weights' seed must not touch the caller's random state.
     with torch.random.fork_rng(devices=[]):
@@ -83,6 +83,7 @@ def train_dpsgd(
     name: str = "the training set",
     test_set_is_public: bool = False,
     augment: Augment | None = None,
+    accountant: PrivacyAccountant | None = None,
 ) -> TrainingResult:
     """Train a model on a data set with DP-SGD, under a budget or with a given noise.
 
@@ -106,12 +107,14 @@ def train_dpsgd(
         test_set_is_public: Whether the test set is that of a public benchmark, for the statement.
         augment: From inputs [rows, ...] to as many rows, each changed at random and by itself, with torch's
             global generator; in place of the configured augmentation.
+        accountant: One that other releases of these records go through too; its budget then pays for the
+            plan. By default a new one, with the configured budget.
 
     Raises:
         UserError: for a mistake in model, data, configuration or output folder; nothing is spent then.
         BudgetExceeded, UnreachableBudget: if the budget cannot be met; nothing is spent then.
     """
-    device = _device(config.device)
+    device = choose_device(config.device)
     chosen = AUGMENTATIONS[config.augment] if augment is None else augment
     examples = Examples(train_set, config.micro_batch_size, config.workers, device, config.views, chosen)
     sampling = SamplingPlan.of(
@@ -152,9 +155,7 @@ def train_dpsgd(
     sampler = PoissonSampler(len(examples), sampling.sampling_probability, _random(config, "sampling"))
     mechanism = None if config.non_private else _mechanism(config, sampling, sampler, engine)
     plan: Event = NonPrivate() if mechanism is None else mechanism.plan(sampling.steps)
-    accountant = PrivacyAccountant(
-        config.accountant, budget=config.budget, neighboring_relation=sampling.neighboring_relation
-    )
+    accountant = accountant_for(config, sampling.neighboring_relation, accountant)
     settings = asdict(config) | ({} if augment is None else {"augment": "a function"})
     report = Report(config, settings, sampling, mechanism, plan, folder, trackers, test_set)
     average = WeightAverage(model, config.average) if config.average else None
@@ -229,9 +230,3 @@ def _random(config: DPSGDConfig, purpose: str) -> Randomness:
     if config.insecure_noise_seed is None:
         return Randomness.secret()
     return Randomness.from_seed(config.insecure_noise_seed, purpose)
-
-
-def _device(wish: str) -> torch.device:
-    if wish == "cuda" and not torch.cuda.is_available():
-        raise UserError("The device cuda is not available on this machine; use cpu or auto.")
-    return torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")

@@ -44,6 +44,13 @@ class RunFolder:
                 f"The output folder {str(self.path)!r} cannot be written to ({reason}); choose another."
             ) from error
 
+    @classmethod
+    def reopen(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """The folder of a run that goes on."""
+        folder = cls.__new__(cls)
+        folder.path = Path(path)
+        return folder
+
     def write_text(self, name: str, text: str) -> None:
         """Write a text file atomically."""
         self._replace(name, text.encode())
@@ -71,6 +78,17 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path / name)
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that its owner alone can read, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def events_record(

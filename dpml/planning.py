@@ -8,8 +8,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from accounting import Composed, Event, Gaussian, NeighboringRelation, PoissonSampled, Repeated, UserError
+from accounting import (
+    Composed,
+    Event,
+    Gaussian,
+    NeighboringRelation,
+    PoissonSampled,
+    PrivacyAccountant,
+    Repeated,
+    UserError,
+)
 from accounting.events import check_count, check_number
+from dpml.config import PrivateConfig
 
 ENGINE_SLACK = 1e-5
 """The slack of dpml's engines: one record moves a clipped sum by at most C·(1 + slack)."""
@@ -33,6 +43,24 @@ def count_noise(noise_multiplier: float, expected_batch_size: int) -> float:
 def count_event(deviation: float) -> Gaussian:
     """Noise of this standard deviation on a sum of terms of ±1/2, one for each record of the sample."""
     return Gaussian(deviation / 0.5)
+
+
+def accountant_for(
+    config: PrivateConfig, relation: NeighboringRelation, shared: PrivacyAccountant | None
+) -> PrivacyAccountant:
+    """The accountant of a run: a new one with the configured budget, or one that is shared with other runs.
+
+    Raises:
+        UserError: if the shared one is for another relation, for which the run's plan would mean another ε.
+    """
+    if shared is None:
+        return PrivacyAccountant(config.accountant, budget=config.budget, neighboring_relation=relation)
+    if shared.neighboring_relation != relation:
+        raise UserError(
+            f"The accountant is for the relation {shared.neighboring_relation}, the run for {relation}; make "
+            "them the same."
+        )
+    return shared
 
 
 @dataclass(frozen=True)

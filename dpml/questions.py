@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from accounting import (
     calibrate_noise_multiplier,
     calibrate_steps,
 )
-from accounting.events import check_number, check_relation
+from accounting.events import check_count, check_number, check_relation
 from accounting.tradeoff import calibrate_noise_for_risk, tradeoff_curve
 from dpml.config import DPSGDConfig
 from dpml.options import options_from, typed
+from dpml.pate.config import PATEConfig
+from dpml.pate.planning import ASSUMED_LEAD, noise_of, overturned, plan_run
 from dpml.planning import ENGINE_SLACK, SamplingPlan
 from dpml.table import print_table
 
@@ -176,6 +179,88 @@ def _within(budget: PrivacyBudget, wanted: str, values: dict[str, Any]) -> tuple
         lambda size: plan(batch_size=size).event(noise), budget, most=examples or 10**9, **options
     )
     return noise, plan(batch_size=found), method
+
+
+# ---------------------------------------------------------------- PATE
+
+_PATE = (
+    "delta",
+    "teachers",
+    "aggregator",
+    "queries",
+    "answers",
+    "threshold",
+    "threshold_noise",
+    "accountant",
+)
+
+
+@account.command("pate")
+@options_from(
+    PATEConfig, only=(*_PATE, "noise_multiplier"), required=("delta", "queries", "noise_multiplier")
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def account_pate(as_json: bool, **values: Any) -> None:
+    """The ε of PATE's answers with a given noise, whatever the votes are."""
+    config = PATEConfig(**typed(values))
+    assert config.queries is not None  # noqa: S101 - the option is required
+    _print(_pate_answer(config, config.queries), as_json)
+
+
+@calibrate.command("pate")
+@options_from(PATEConfig, only=(*_PATE, "noise_multiplier", "epsilon"), required=("delta", "epsilon"))
+@click.option(
+    "--available", type=int, default=9000, help="How many public inputs there are; 9000 by default."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def calibrate_pate(available: int, as_json: bool, **values: Any) -> None:
+    """Few precise answers or many noisy ones: the noise for --queries, the queries for --noise-multiplier.
+
+    With neither, it is the most queries at whose noise answers are rarely overturned where the winner is
+    ahead of the others by 60 % of the teachers. What that chance is comes with every answer.
+    """
+    config = PATEConfig(**typed(values))
+    if config.queries is not None and config.noise_multiplier is not None:
+        raise click.UsageError("Leave out --queries or --noise-multiplier: the one to find.")
+    plan = plan_run(config, check_count(available, "available", "a question", low=1))
+    _print({**_pate_answer(config, available), "target_epsilon": config.epsilon}, as_json)
+    if config.queries is None and config.noise_multiplier is None and not as_json:
+        click.echo("\nOther choices for this budget:")
+        queries = plan.aggregator.queries
+        rows = {}
+        for count in sorted({max(1, queries // 4), max(1, queries // 2), 2 * queries, 4 * queries}):
+            other = plan_run(replace(config, queries=count), max(available, count)).aggregator
+            chance = _overturned(config, noise_of(other))
+            rows[f"{count} queries"] = f"noise {noise_of(other):.4g}, overturned {chance:.2%}"
+        print_table(rows)
+
+
+def _pate_answer(config: PATEConfig, available: int) -> dict[str, Any]:
+    plan = plan_run(config, available)
+    accountant = PrivacyAccountant(config.accountant)
+    accountant.record(plan.event)
+    assert config.delta is not None  # noqa: S101 - the option is required
+    lower, upper = accountant.epsilon_bounds(config.delta)
+    by = plan.aggregator
+    return {
+        "epsilon": upper,
+        "epsilon_lower": lower,
+        "noise_multiplier": noise_of(by),
+        "delta": config.delta,
+        "queries": by.queries,
+        "answers": by.answers,
+        "threshold": by.threshold,
+        "threshold_noise": None if by.check_event is None else by.check_event.sigma,
+        "teachers": config.teachers,
+        "aggregator": config.aggregator,
+        "overturned_at_60_percent_lead": _overturned(config, noise_of(by)),
+        "accountant": config.accountant,
+    }
+
+
+def _overturned(config: PATEConfig, noise: float) -> float:
+    spread = noise * 2**0.5 if config.aggregator == "lnmax" else noise
+    return overturned(ASSUMED_LEAD * config.teachers / spread)
 
 
 # ---------------------------------------------------------------- answers

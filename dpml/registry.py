@@ -7,9 +7,12 @@ from importlib.metadata import EntryPoint, entry_points
 
 from accounting import UserError
 from dpml.config import DPSGDRun
+from dpml.pate.config import PATERun
 
 GROUP = "dpml.recipes"
-Recipe = Callable[[bool], DPSGDRun]
+Run = DPSGDRun | PATERun
+Recipe = Callable[[bool], Run]
+_KINDS: dict[str, type[DPSGDRun] | type[PATERun]] = {"dpsgd": DPSGDRun, "pate": PATERun}
 
 
 def recipe_entries() -> dict[str, EntryPoint]:
@@ -30,7 +33,7 @@ def load_recipe(entry: EntryPoint) -> Recipe:
     return recipe
 
 
-def default_run(method: str, dataset: str, *, private: bool) -> DPSGDRun | None:
+def default_run(method: str, dataset: str, *, private: bool) -> Run | None:
     """The default configuration for a data set that is known by name, or None.
 
     Raises:
@@ -44,8 +47,9 @@ def default_run(method: str, dataset: str, *, private: bool) -> DPSGDRun | None:
         run = recipe(private)
     except Exception as error:  # as above
         raise _broken(entry, error) from error
-    if not isinstance(run, DPSGDRun):
-        raise _broken(entry, TypeError(f"it returned {type(run).__name__}, not a DPSGDRun"))
+    wanted = _KINDS[method]
+    if not isinstance(run, wanted):
+        raise _broken(entry, TypeError(f"it returned {type(run).__name__}, not a {wanted.__name__}"))
     return run
 
 

@@ -23,6 +23,42 @@ from dpml.planning import SamplingPlan
 from dpml.tracking import Stopwatch, Tracker
 
 Status = Literal["completed", "stopped", "diverged"]
+NO_PRIVACY = (
+    "# No privacy\n\nThis model was trained without differential privacy (`non_private`). It protects no "
+    "record of "
+    "the training set.\n"
+)
+"""The statement of a run without noise."""
+_SUMMARY_KEYS = (
+    "schema_version",
+    "status",
+    "method",
+    "dataset",
+    "epsilon",
+    "epsilon_lower",
+    "epsilon_spent",
+    "target_epsilon",
+    "delta",
+    "accountant",
+    "neighboring_relation",
+    "privacy_unit",
+    "n_is_public",
+    "noise_multiplier",
+    "clip_norm",
+    "sampler",
+    "sampling_probability",
+    "expected_batch_size",
+    "steps",
+    "planned_steps",
+    "test_accuracy",
+    "train_seconds",
+    "seed",
+    "noise_is_secret",
+    "sensitivity_slack",
+    "selection_epsilon",
+    "config",
+    "versions",
+)
 _CURVE_POINTS = 40
 _EVALUATIONS = 20
 
@@ -170,23 +206,10 @@ class Report:
         if self._plan_bounds is not None:
             lower, upper = self._plan_bounds
             spent = upper if committed == self.plan else self._bounds(committed)[1]
-        private = mechanism is not None
-        return {
-            "schema_version": SUMMARY_VERSION,
+        given = {
             "status": status,
             "method": "dpsgd",
             "dataset": name,
-            "epsilon": upper,
-            "epsilon_lower": lower,
-            "epsilon_spent": spent,
-            "target_epsilon": config.epsilon,
-            "delta": config.delta if private else None,
-            "accountant": config.accountant if private else None,
-            "neighboring_relation": sampling.neighboring_relation if private else None,
-            "privacy_unit": "record" if private else None,
-            "n_is_public": sampling.n_is_public if private else None,
-            "noise_multiplier": mechanism.noise.noise_multiplier if mechanism else None,
-            "clip_norm": config.clip_norm if private else None,
             "sampler": "poisson",
             "sampling_probability": sampling.sampling_probability,
             "expected_batch_size": sampling.expected_batch_size,
@@ -195,15 +218,25 @@ class Report:
             "test_accuracy": self.accuracy,
             "train_seconds": self.training.seconds,
             "seed": config.seed,
-            "noise_is_secret": _is_secret(mechanism),
-            "sensitivity_slack": mechanism.engine.slack if mechanism else None,
-            "selection_epsilon": None,
             "config": self.settings,
-            "versions": {
-                "python": platform.python_version(),
-                **{package: version(package) for package in ("dpml", "torch", "opacus", "numpy", "scipy")},
-            },
         }
+        if mechanism is not None:
+            given |= {
+                "epsilon": upper,
+                "epsilon_lower": lower,
+                "epsilon_spent": spent,
+                "target_epsilon": config.epsilon,
+                "delta": config.delta,
+                "accountant": config.accountant,
+                "neighboring_relation": sampling.neighboring_relation,
+                "privacy_unit": "record",
+                "n_is_public": sampling.n_is_public,
+                "noise_multiplier": mechanism.noise.noise_multiplier,
+                "clip_norm": config.clip_norm,
+                "noise_is_secret": _is_secret(mechanism),
+                "sensitivity_slack": mechanism.engine.slack,
+            }
+        return summary_of(given)
 
     def _bounds(self, event: Event) -> tuple[float, float]:
         assert self.config.delta is not None  # noqa: S101 - private runs have one
@@ -215,10 +248,7 @@ class Report:
 
     def _statement(self, summary: dict[str, Any], test_set_is_public: bool) -> str:
         if self.mechanism is None:
-            return (
-                "# No privacy\n\nThis model was trained without differential privacy (`non_private`). "
-                "It protects no record of the training set.\n"
-            )
+            return NO_PRIVACY
         copied = (
             "dataset status epsilon epsilon_lower epsilon_spent delta accountant noise_multiplier clip_norm "
             "n_is_public sensitivity_slack sampling_probability expected_batch_size planned_steps steps "
@@ -235,6 +265,15 @@ class Report:
                 **{key: summary[key] for key in copied.split()},
             )
         )
+
+
+def summary_of(given: dict[str, Any]) -> dict[str, Any]:
+    """A summary with all keys in their order; what is not given does not apply and is None."""
+    versions = {package: version(package) for package in ("dpml", "torch", "opacus", "numpy", "scipy")}
+    versions = {"python": platform.python_version(), **versions}
+    known = {"schema_version": SUMMARY_VERSION, **given, "versions": versions}
+    own = {key: value for key, value in known.items() if key not in _SUMMARY_KEYS}
+    return {key: known.get(key) for key in _SUMMARY_KEYS} | own
 
 
 def accuracy(model: nn.Module, test_set: Any) -> float:
@@ -271,7 +310,5 @@ def _parts(committed: Event) -> int:
     return committed.count if isinstance(committed, Repeated) else 1
 
 
-def _is_secret(mechanism: SampledGaussianMechanism | None) -> bool | None:
-    if mechanism is None:
-        return None
+def _is_secret(mechanism: SampledGaussianMechanism) -> bool:
     return mechanism.noise.randomness.is_secret and mechanism.sampler.randomness.is_secret

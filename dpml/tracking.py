@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -37,6 +38,10 @@ _HYPERPARAMETERS = (
     "neighboring_relation",
     "seed",
     "non_private",
+    "aggregator",
+    "teachers",
+    "queries",
+    "student",
 )
 
 
@@ -45,6 +50,10 @@ class Tracker(Protocol):
 
     def start(self, planned_steps: int, config: Mapping[str, object]) -> None:
         """The run begins."""
+        ...
+
+    def phase(self, name: str, steps: int) -> None:
+        """A part of the run begins that counts its own steps, such as the training of teachers."""
         ...
 
     def scalars(self, step: int, values: Scalars) -> None:
@@ -69,7 +78,7 @@ class ProgressLine:
     """
 
     def __init__(self, label: str, stream: TextIO | None = None) -> None:
-        self._label = label
+        self._label = self._words = label
         # A label may hold anything that a file's name may: [red], :cat:.
         self._console = Console(file=stream or sys.stderr, markup=False, emoji=False)
         self._live = self._console.is_terminal
@@ -93,6 +102,13 @@ class ProgressLine:
         self._task = self._progress.add_task(self._label, total=planned_steps, note="")
         self._progress.start()
 
+    def phase(self, name: str, steps: int) -> None:
+        """Begin a new bar."""
+        self._progress.update(self._task, visible=False)
+        self._words = f"{self._label} {name}"
+        self._steps, self._next_line = steps, 0.0
+        self._task = self._progress.add_task(self._words, total=steps, note="")
+
     def scalars(self, step: int, values: Scalars) -> None:
         """Move the bar and show the newest figures."""
         self._notes.update(values)
@@ -100,7 +116,7 @@ class ProgressLine:
         self._progress.update(self._task, completed=step, note=note)
         share = step / max(1, self._steps)
         if not self._live and share >= self._next_line:
-            line = f"{self._label}: step {step}/{self._steps} · {note}"
+            line = f"{self._words}: step {step}/{self._steps} · {note}".removesuffix(" · ")
             self._console.print(line, highlight=False, soft_wrap=True)
             self._next_line = (int(share * _LINES) + 1) / _LINES
 
@@ -146,6 +162,9 @@ class TensorBoard:
         self._writer.add_text("configuration", text, 0)
         self._writer.flush()
 
+    def phase(self, name: str, steps: int) -> None:
+        """Charts have no phases."""
+
     def scalars(self, step: int, values: Scalars) -> None:
         """Write public figures, one chart each."""
         self._tags.update(values)
@@ -187,6 +206,15 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens in this block."""
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds -= time.perf_counter() - since
 
     def __enter__(self) -> Stopwatch:
         self._since = time.perf_counter()

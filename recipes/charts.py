@@ -54,6 +54,68 @@ def tradeoff_chart(summaries: Sequence[dict[str, Any]], path: Path, *, title: st
         plt.close(figure)
 
 
+_PUBLISHED_PATE = (
+    # Student accuracy on MNIST at the data-dependent ε that was reported, which is private information.
+    ("LNMax, Papernot et al. 2017", 2.04, 0.98),
+    ("Confident-GNMax, Papernot et al. 2018", 1.97, 0.985),
+)
+
+
+def frontier_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw a PATE student's accuracy against the number of queries, a line for each budget ε.
+
+    Args:
+        rows: Figures of runs, as `recipes.pate_frontier` collects them.
+        path: Where the PNG goes.
+    """
+    budgets: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if row["case"].startswith("ε"):
+            line = budgets.setdefault(row["case"].split(",")[0], {})
+            line.setdefault(row["queries_asked"], []).append(row["test_accuracy"])
+    with mpl.rc_context({"font.size": 11, "font.family": "DejaVu Sans", "axes.edgecolor": _MUTED}):
+        figure, axes = plt.subplots(figsize=(8, 4.8), dpi=160, layout="constrained")
+        for (name, line), color in zip(budgets.items(), (_PRIVATE, _CEILING, _INK), strict=False):
+            queries = sorted(line)
+            means = [statistics.mean(line[count]) for count in queries]
+            spreads = [statistics.stdev(line[count]) if len(line[count]) > 1 else 0.0 for count in queries]
+            axes.errorbar(
+                queries,
+                means,
+                spreads,
+                fmt="o-",
+                color=color,
+                linewidth=2,
+                markersize=7,
+                capsize=4,
+                label=name,
+            )
+        if rows[0]["dataset"] == "mnist":
+            for name, epsilon, reached in _PUBLISHED_PATE:
+                axes.axhline(reached, color=_MUTED, linewidth=1.2, linestyle=":")
+                words = f"{name}: {reached:.1%} at a data-dependent ε = {epsilon:g}"
+                axes.annotate(
+                    words, (0.01, reached), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
+                )
+        axes.set_xscale("log")
+        counts = sorted({count for line in budgets.values() for count in line})
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(xmax=1, decimals=None))
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=_INK, length=0)
+        axes.set_xlabel("queries, each answered: more of them mean more noise on each", color=_INK)
+        axes.set_ylabel("the student's test accuracy", color=_INK)
+        title = f"PATE on {rows[0]['dataset'].upper()}: few precise answers or many noisy ones"
+        axes.set_title(title, loc="left", color=_INK, fontweight="bold", pad=12)
+        axes.legend(loc="lower right", frameon=False, labelcolor=_INK)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        plt.close(figure)
+
+
 def _draw_points(axes: Any, groups: dict[float | None, list[dict[str, Any]]]) -> None:
     epsilons = [runs[0]["epsilon"] for runs in groups.values()]
     means = [statistics.mean(_accuracies(runs)) for runs in groups.values()]

@@ -1,6 +1,7 @@
-"""CIFAR-10 with the tanh CNN of Papernot et al. 2020."""
+"""CIFAR-10: the tanh CNN of Papernot et al. 2020, and PATE on scattering features."""
 
 from dpml.config import DPSGDRun
+from dpml.pate.config import PATERun
 
 
 def dpsgd(private: bool = True) -> DPSGDRun:
@@ -22,3 +23,10 @@ def dpsgd(private: bool = True) -> DPSGDRun:
         momentum=0.9,
         micro_batch_size=64,
     )
+
+
+def pate(private: bool = True) -> PATERun:
+    """PATE with 100 ridge regressions on scattering features; 500 records each, which is few."""
+    if not private:
+        return PATERun(dataset="cifar10", non_private=True, teachers=100, queries=500, student_flip=True)
+    return PATERun(dataset="cifar10", epsilon=8.0, delta=1e-5, teachers=100, student_flip=True)

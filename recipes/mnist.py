@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from dpml.config import DPSGDRun
+from dpml.pate.config import PATERun
 
 
 def dpsgd(private: bool = True) -> DPSGDRun:
@@ -29,3 +30,10 @@ def dpsgd(private: bool = True) -> DPSGDRun:
 def fashion_dpsgd(private: bool = True) -> DPSGDRun:
     """The MNIST recipe on Fashion-MNIST."""
     return replace(dpsgd(private), dataset="fashion-mnist")
+
+
+def pate(private: bool = True) -> PATERun:
+    """Papernot et al. 2018 with 250 ridge regressions on scattering features, and a contrastive student."""
+    if not private:
+        return PATERun(dataset="mnist", non_private=True, queries=200)
+    return PATERun(dataset="mnist", epsilon=2.0, delta=1e-5)

@@ -9,12 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpml.config import DPSGDRun
 from dpml.dpsgd import run_dpsgd
+from dpml.pate.config import PATERun
+from dpml.pate.trainer import run_pate
+from dpml.registry import Run
 from dpml.tracking import ProgressLine
 
 
-def run_or_reuse(run: DPSGDRun, folder: Path, *, label: str) -> dict[str, Any]:
+def run_or_reuse(run: Run, folder: Path, *, label: str) -> dict[str, Any]:
     """Return the summary of `run`, from `folder` if it holds a completed run of the same configuration.
 
     A folder with an unfinished or different run of ours is replaced; anything else is left alone and refused.
@@ -24,7 +26,11 @@ def run_or_reuse(run: DPSGDRun, folder: Path, *, label: str) -> dict[str, Any]:
         return summary
     if (folder / "privacy_events.json").exists():
         shutil.rmtree(folder)
-    result = run_dpsgd(run, output=folder, trackers=[ProgressLine(label)])
+    trackers = [ProgressLine(label)]
+    if isinstance(run, PATERun):
+        result = run_pate(run, output=folder, trackers=trackers)
+    else:
+        result = run_dpsgd(run, output=folder, trackers=trackers)
     if result.status == "stopped":
         raise KeyboardInterrupt
     return result.summary
@@ -47,6 +53,6 @@ def by_noise(summaries: Iterable[dict[str, Any]]) -> dict[float | None, list[dic
     return dict(sorted(groups.items(), key=lambda item: -(item[0] or -1.0)))
 
 
-def _plain(run: DPSGDRun) -> dict[str, Any]:
+def _plain(run: Run) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(asdict(run)))
     return plain

@@ -30,19 +30,42 @@ def load_npz(path: Path, *, name: str, classes: int | None = None) -> LabeledDat
     Raises:
         UserError: The file is no `.npz` file, or damaged; an array is missing or of a wrong form.
     """
+    return from_arrays(name, **_arrays(path, name, ARRAYS), classes=classes)
+
+
+def load_inputs(path: str | Path, array: str) -> Tensor:
+    """Load unlabelled examples, one array of an `.npz` file, as float32 `[n, …]`; see `from_arrays`.
+
+    Raises:
+        UserError: The file is no `.npz` file, or damaged; the array is missing, empty, of a wrong form, or
+            not finite.
+    """
+    examples = _examples(str(path), array, _arrays(Path(path), str(path), (array,))[array])
+    if examples.ndim < 2 or examples.numel() == 0:
+        raise UserError(
+            f"{array} of {str(path)!r} must have shape [n, features] or [n, channels, height, width], got "
+            f"{list(examples.shape)}."
+        )
+    if not bool(examples.isfinite().all()):
+        raise UserError(f"{array} of {str(path)!r} holds NaN or infinite values: replace or remove them.")
+    return examples
+
+
+def _arrays(path: Path, name: str, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    """The arrays of an `.npz` file by name."""
+    words = ", ".join(wanted)
     try:
         with path.open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{name!r} holds a single array: save {_ALL} by np.savez.")
-            if missing := [array for array in ARRAYS if array not in file.files]:
-                raise UserError(f"{name!r} has no array {', '.join(missing)}: it must hold {_ALL}.")
-            arrays = {array: _member(file, array, name) for array in ARRAYS}
+                raise UserError(f"{name!r} holds a single array: save {words} by np.savez.")
+            if missing := [array for array in wanted if array not in file.files]:
+                raise UserError(f"{name!r} has no array {', '.join(missing)}: it must hold {words}.")
+            return {array: _member(file, array, name) for array in wanted}
     except UserError:
         raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{name!r} is not a readable .npz file: save it by np.savez.") from error
-    return from_arrays(name, **arrays, classes=classes)
 
 
 def _member(file: np.lib.npyio.NpzFile, array: str, name: str) -> NDArray[Any]:

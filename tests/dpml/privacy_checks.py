@@ -144,9 +144,9 @@ def _record_seams(seen: Observation, patch: pytest.MonkeyPatch) -> None:
         seen.sums.append(_flat(clipped.gradients))
         return clipped
 
-    def recorded_commit(self: Reservation, parts: int = 1) -> None:
+    def recorded_commit(self: Reservation, parts: int = 1, event: Event | None = None) -> None:
         before = self.committed
-        commit(self, parts)
+        commit(self, parts, event)
         if not reckoning:
             seen.log.extend(["commit"] * (self.committed - before))
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from privacy_checks import CLIP_NORM, RECORDS, PrivacyViolation, check, observe, taking_part
 
-from accounting import Repeated, Reservation
+from accounting import Event, Repeated, Reservation
 from accounting.budget import ReservationError
 from dpml import dpsgd, mechanism
 from dpml.data.batches import Examples
@@ -468,10 +468,10 @@ def _commit_after_the_next_update(patch: Patch) -> None:
 def _two_committed_at_once(patch: Patch) -> None:
     commit, calls = Reservation.commit, []
 
-    def in_pairs(self, parts=1):
+    def in_pairs(self, parts=1, event=None):
         calls.extend([1] * (parts == 1))
         if parts > 1 or len(calls) % 2:
-            commit(self, max(2, parts))
+            commit(self, max(2, parts), event)
 
     patch.setattr(Reservation, "commit", in_pairs)
 
@@ -479,10 +479,10 @@ def _two_committed_at_once(patch: Patch) -> None:
 def _first_step_not_committed(patch: Patch) -> None:
     commit, calls = Reservation.commit, []
 
-    def all_but_the_first(self, parts=1):
+    def all_but_the_first(self, parts=1, event=None):
         calls.extend([1] * (parts == 1))
         if parts > 1 or len(calls) > 1:
-            commit(self, parts)
+            commit(self, parts, event)
 
     patch.setattr(Reservation, "commit", all_but_the_first)
 
@@ -497,8 +497,8 @@ def _one_step_too_many_reported(patch: Patch) -> None:
     patch.setattr(Reservation, "committed_event", event)
 
 
-def _unguarded_commit(self: Reservation, parts: int = 1) -> None:
-    self.committed += parts
+def _unguarded_commit(self: Reservation, parts: int = 1, event: Event | None = None) -> None:
+    self._committed[event or self.step] += parts
 
 
 _counted_event = property(lambda self: Repeated(self.step, self.committed))
