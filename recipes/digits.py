@@ -31,5 +31,5 @@ def dpsgd(private: bool = True) -> DPSGDRun:
 def pate(private: bool = True) -> PATERun:
     """Papernot et al. 2017 in small: 30 ridge regressions on scikit-learn's digits, in seconds."""
     if not private:
-        return PATERun(dataset="digits", non_private=True, teachers=30, queries=100)
-    return PATERun(dataset="digits", epsilon=8.0, delta=1e-5, teachers=30)
+        return PATERun(dataset="digits", non_private=True, teachers=30, queries=100, student_epochs=100)
+    return PATERun(dataset="digits", epsilon=8.0, delta=1e-5, teachers=30, student_epochs=100)

@@ -33,7 +33,12 @@ def fashion_dpsgd(private: bool = True) -> DPSGDRun:
 
 
 def pate(private: bool = True) -> PATERun:
-    """Papernot et al. 2018 with 250 ridge regressions on scattering features, and a contrastive student."""
+    """Papernot et al. 2018 with 250 ridge regressions on scattering features."""
     if not private:
         return PATERun(dataset="mnist", non_private=True, queries=200)
     return PATERun(dataset="mnist", epsilon=2.0, delta=1e-5)
+
+
+def fashion_pate(private: bool = True) -> PATERun:
+    """The MNIST recipe on Fashion-MNIST, where public images are mirrored too."""
+    return replace(pate(private), dataset="fashion-mnist", student_flip=True)

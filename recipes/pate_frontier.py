@@ -56,7 +56,7 @@ def cases(dataset: str) -> dict[str, PATERun]:
                 threshold_noise=150.0,
             ),
         }
-        grid = {2.0: (None, 70, 200, 280), 1.0: (None, 20, 70, 130)}
+        grid = {2.0: (None, 70, 280), 1.0: (None, 20, 130), 0.5: (None,)}
     for epsilon, numbers in grid.items():
         for queries in numbers:
             chosen = "default" if queries is None else queries

@@ -91,8 +91,7 @@ class AnswerBook:
         if found is not None and found[0] != title:
             raise UserError(
                 f"The answers in {str(path)!r} were given by another aggregator or other teachers: go on "
-                f"with the "
-                "same settings, or start in a new folder."
+                "with the same settings, or start in a new folder."
             )
 
     # ------------------------------------------------------------ reading
@@ -179,6 +178,10 @@ class AnswerBook:
         with self._transaction():
             self._base.execute("UPDATE releases SET value = ? WHERE name = ?", (value, name))
         return value
+
+    def has_paid(self, name: str) -> bool:
+        """Whether the release of this name was committed, seen or not."""
+        return self._base.execute("SELECT 1 FROM releases WHERE name = ?", (name,)).fetchone() is not None
 
     def close(self) -> None:
         """Close the database."""

@@ -87,7 +87,7 @@ class PATEConfig(PrivateConfig):
     """Passes over the public inputs."""
     student_learning_rate: float = 0.003
     """Highest learning rate of the student."""
-    student_width: int = 16
+    student_width: int = 24
     """Filters of the student's first convolution."""
     student_flip: bool = False
     """Also mirror the student's images: for photographs, not for digits."""

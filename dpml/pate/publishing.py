@@ -25,6 +25,8 @@ from dpml.pate.planning import PATEPlan
 from dpml.randomness import Randomness
 
 Votes = npt.NDArray[np.int64]
+RELEASE = "data-dependent epsilon"
+"""The name of the sanitised release in the book."""
 
 
 def diagnose(
@@ -90,5 +92,5 @@ def publish(
         )
         return json.dumps({"epsilon": released.epsilon, "delta": released.delta, "order": released.order})
 
-    text = book.release("data-dependent epsilon", draw)
+    text = book.release(RELEASE, draw)
     return None if text is None else json.loads(text)

@@ -24,7 +24,7 @@ from dpml.pate.answers import AnswerBook
 from dpml.pate.config import PATEConfig
 from dpml.pate.ensembles import Voters
 from dpml.pate.planning import PATEPlan, noise_of
-from dpml.pate.publishing import diagnose
+from dpml.pate.publishing import RELEASE, diagnose
 from dpml.pate.teachers import Ensemble, Progress
 from dpml.report import NO_PRIVACY, Status, TrainingResult, accuracy, summary_of
 from dpml.tracking import Stopwatch, Tracker
@@ -229,13 +229,12 @@ class PATEReport:
         )
 
     def _committed(self, book: AnswerBook) -> Event:
-        if self.config.non_private or self.plan.release is None:
-            return book.committed_event
-        if self.published is None:  # committed or not: if a crash came between, it is paid
-            return book.committed_event
-        if book.committed_event == self.plan.aggregator.plan:
+        answers = book.committed_event
+        if self.plan.release is None or not book.has_paid(RELEASE):
+            return answers
+        if answers == self.plan.aggregator.plan:
             return self.plan.event
-        return Composed([book.committed_event, self.plan.release.event])
+        return Composed([answers, self.plan.release.event])
 
     def _nothing(self) -> Event:
         return Repeated(self.plan.event, 0)

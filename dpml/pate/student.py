@@ -63,7 +63,7 @@ class StudentSettings:
     """Public inputs in a step."""
     answer_batch_size: int = 32
     """Answered inputs in a step, beside the others, for the methods fixmatch and supervised."""
-    width: int = 16
+    width: int = 24
     """Filters of the first convolution; the next ones have two and four times as many."""
     learning_rate: float = 0.003
     """Highest learning rate of AdamW; it rises for the first steps and then falls to zero as a cosine."""

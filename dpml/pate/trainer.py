@@ -114,9 +114,8 @@ def train_pate(
     """Train teachers on private records, ask them about public inputs under a budget, and train a student.
 
     Guarantee: the student and all answers, taken together, are (ε, δ)-differentially private with the ε of
-        the
-    returned summary, for one record of `train_set` under the relation in it, whatever the votes are. The
-    plan is admitted before a teacher is trained, and every query is committed before its noise is drawn.
+    the returned summary, for one record of `train_set` under the relation in it, whatever the votes are.
+    The plan is admitted before a teacher is trained, and every query is committed before its noise is drawn.
 
     Args:
         train_set: The private records: a map-style data set of (input, class) pairs.
@@ -241,19 +240,16 @@ def _ask(
     least sure. A refused query on which it is sure keeps its class (Papernot et al. 2018, Algorithm 2);
     that is made of what was released, and costs nothing.
     """
-    queries = desk.aggregator.queries
-    first = list({key: row for row, key in reversed(list(enumerate(keys)))}.values())[::-1]
-    candidates = torch.tensor(first)
-    if config.choice == "typical":
-        candidates = candidates[choose_queries(public[candidates], len(candidates), seed=config.seed)]
+    place: dict[bytes, int] = {}
+    for row, key in enumerate(keys):
+        place.setdefault(key, row)
+    candidates = torch.tensor(list(place.values()))  # equal inputs are one
     rounds = (config.rounds or _ROUNDS) if config.aggregator == "interactive-gnmax" else 1
     known: dict[int, int] = {}
     expected: Tensor | None = None
     for part in range(rounds):
-        rows = candidates[: queries // rounds + (part < queries % rounds)]
-        if expected is not None:
-            sure = expected[candidates].max(dim=1).values
-            rows = candidates[sure.argsort(stable=True)[: len(rows)]]
+        count = (desk.aggregator.queries + part) // rounds
+        rows = candidates[_next_queries(config, public[candidates], count, expected, candidates)]
         candidates = candidates[~torch.isin(candidates, rows)]
         votes = None if expected is None else expected[rows] * config.teachers
         shown = desk.ask([keys[row] for row in rows], voters.votes[rows], votes)
@@ -266,6 +262,19 @@ def _ask(
             student = teach(torch.tensor(list(known)), torch.tensor(list(known.values())))
             expected = _probabilities(student, public)
     return torch.tensor(list(known), dtype=torch.int64), torch.tensor(list(known.values()), dtype=torch.int64)
+
+
+def _next_queries(
+    config: PATEConfig, inputs: Tensor, count: int, expected: Tensor | None, candidates: Tensor
+) -> Tensor:
+    """Which `count` of the inputs to ask about next: those that a student, if any, is least sure of."""
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if expected is not None:
+        return expected[candidates].max(dim=1).values.argsort(stable=True)[:count]
+    if config.choice == "first":
+        return torch.arange(count)
+    return choose_queries(inputs, count, seed=config.seed)
 
 
 def _probabilities(student: nn.Module, public: Tensor) -> Tensor:
@@ -303,9 +312,7 @@ def _public_inputs(run: PATERun, data: LabeledData) -> tuple[Tensor, TensorDatas
         count = data.test_examples * 9 // 10
     if not 0 < count < data.test_examples:
         raise UserError(
-            f"{count} public examples of {data.test_examples} test examples leave none to measure "
-            f"accuracy on, or "
-            f"none to ask about: choose from 1 to {data.test_examples - 1}, or bring a file of your own "
-            f"(public)."
+            f"{count} public examples of {data.test_examples} test examples leave none to measure accuracy "
+            f"on, or none to ask about: choose from 1 to {data.test_examples - 1}, or bring a file (public)."
         )
     return data.x_test[:count], TensorDataset(data.x_test[count:], data.y_test[count:])

@@ -17,8 +17,9 @@ import dpml
 from accounting import BudgetExceeded, Composed, Event, GNMax, PrivacyAccountant, PrivacyBudget, UserError
 from dpml.cli import main
 from dpml.outputs import read_events
-from dpml.pate.answers import AnswerBook, query_keys
+from dpml.pate.answers import AnswerBook, Desk, query_keys
 from dpml.pate.ensembles import train_teachers
+from dpml.pate.guesses import choose_queries
 from dpml.pate.trainer import read_run, run_pate, train_pate
 
 QUICK = {"student": "supervised", "student_epochs": 2, "teachers": 20}
@@ -385,3 +386,40 @@ def test_ctrl_c_keeps_what_was_answered(tmp_path):
     assert summary["status"] == "stopped"
     assert summary["queries_answered"] > 0
     assert read_run(tmp_path / "run").teachers == 20
+
+
+@pytest.mark.parametrize("choice", ["typical", "first"])
+def test_the_queries_are_the_chosen_ones(choice, tmp_path):
+    run_pate(
+        digits_run(noise_multiplier=4.0, queries=40, epsilon=None, choice=choice), output=tmp_path / "run"
+    )
+    public = dpml.load("digits").x_test[:324]
+    wanted = choose_queries(public, 40, seed=0) if choice == "typical" else torch.arange(40)
+    run = read_config(tmp_path / "run")
+    asked, _ = AnswerBook(tmp_path / "run" / "answers.sqlite", _plan(run), _about()).outcomes(
+        query_keys(public)
+    )
+    assert sorted(wanted.tolist()) == np.flatnonzero(asked).tolist()
+
+
+def read_config(folder):
+    return dpml.PATERun(**json.loads((folder / "run.json").read_text())["config"])
+
+
+def test_interactive_rounds_ask_what_the_student_is_least_sure_of(monkeypatch, tmp_path):
+    seen = []
+    original = Desk.ask
+
+    def ask(self, keys, votes, predictions=None):
+        seen.append((len(keys), predictions))
+        return original(self, keys, votes, predictions)
+
+    monkeypatch.setattr(Desk, "ask", ask)
+    noise = {"noise_multiplier": 2.0, "queries": 50, "epsilon": None, "threshold": 8.0}
+    result = run_pate(digits_run(aggregator="interactive-gnmax", rounds=3, **noise), output=tmp_path / "run")
+    assert [count for count, _ in seen] == [16, 17, 17]
+    assert seen[0][1] is None
+    for _, predictions in seen[1:]:
+        assert torch.allclose(predictions.sum(dim=1), torch.full((17,), 20.0), atol=1e-3)
+        assert predictions.max(dim=1).values.median() < 20  # not those it is sure of
+    assert result.summary["queries_asked"] == 50
