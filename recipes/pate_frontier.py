@@ -56,7 +56,7 @@ def cases(dataset: str) -> dict[str, PATERun]:
                 threshold_noise=150.0,
             ),
         }
-        grid = {2.0: (None, 70, 280), 1.0: (None, 20, 130), 0.5: (None,)}
+        grid = {2.0: (None, 280), 1.0: (None, 130), 0.5: (None,)}
     for epsilon, numbers in grid.items():
         for queries in numbers:
             chosen = "default" if queries is None else queries
@@ -111,6 +111,7 @@ def by_case(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 @click.option("--dataset", type=click.Choice(["mnist", "cifar10"]), default="mnist")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/pate"), help="A folder.")
 @click.option("--seeds", type=int, default=5, help="Seeds 0 to this number, exclusively.")
+@click.option("--grid-seeds", type=int, default=2, help="Seeds of the budgets with other numbers of queries.")
 @click.option("--only", multiple=True, help="Cases whose name starts so; all by default.")
 @click.option("--processes", type=int, default=os.cpu_count() or 1, help="Runs at once, on a thread each.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write the figures to this JSON file.")
@@ -119,6 +120,7 @@ def main(
     dataset: str,
     output: Path,
     seeds: int,
+    grid_seeds: int,
     only: tuple[str, ...],
     processes: int,
     save: Path | None,
@@ -127,7 +129,10 @@ def main(
     """Run PATE's published settings and its frontier; print a table."""
     wanted = {name: run for name, run in cases(dataset).items() if not only or name.startswith(only)}
     # Case by case: the runs of the first case leave each seed's votes in the cache.
-    jobs = [(name, replace(run, seed=seed)) for name, run in wanted.items() for seed in range(seeds)]
+    jobs = []
+    for name, run in wanted.items():
+        on_grid = name.startswith("ε") and run.queries is not None
+        jobs += [(name, replace(run, seed=seed)) for seed in range(grid_seeds if on_grid else seeds)]
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         waiting = {
@@ -144,7 +149,8 @@ def main(
     Console(highlight=False, width=150).print(results_table(ordered))
     if save is not None:
         record = {
-            "command": f"python -m recipes.pate_frontier --dataset {dataset} --seeds {seeds}",
+            "command": f"python -m recipes.pate_frontier --dataset {dataset} --seeds {seeds} "
+            f"--grid-seeds {grid_seeds}",
             "date": datetime.now(UTC).date().isoformat(),
             "each": ordered,
         }
