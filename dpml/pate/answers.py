@@ -35,7 +35,7 @@ NOT_ASKED = -3
 
 _CHECKING, _REFUSED, _PASSED, _ANSWERING, _ANSWERED = "checking", "refused", "passed", "answering", "answered"
 _VERSION = 1
-_BLOCK = 64
+_BLOCK = 16
 _MARK = 0x64706D6C  # "dpml", in the file's header
 
 
