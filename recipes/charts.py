@@ -62,7 +62,7 @@ _PUBLISHED_PATE = (
 
 
 def frontier_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw a PATE student's accuracy against the number of queries, a line for each budget ε.
+    """Draw a PATE student's test error against the number of queries, a line for each budget ε.
 
     Args:
         rows: Figures of runs, as `recipes.pate_frontier` collects them.
@@ -72,45 +72,45 @@ def frontier_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for row in rows:
         if row["case"].startswith("ε"):
             line = budgets.setdefault(row["case"].split(",")[0], {})
-            line.setdefault(row["queries_asked"], []).append(row["test_accuracy"])
+            line.setdefault(row["queries_asked"], []).append(1 - row["test_accuracy"])
     with mpl.rc_context({"font.size": 11, "font.family": "DejaVu Sans", "axes.edgecolor": _MUTED}):
         figure, axes = plt.subplots(figsize=(8, 4.8), dpi=160, layout="constrained")
         for (name, line), color in zip(budgets.items(), (_PRIVATE, _CEILING, _INK), strict=False):
             queries = sorted(line)
             means = [statistics.mean(line[count]) for count in queries]
-            spreads = [statistics.stdev(line[count]) if len(line[count]) > 1 else 0.0 for count in queries]
-            axes.errorbar(
-                queries,
-                means,
-                spreads,
-                fmt="o-",
-                color=color,
-                linewidth=2,
-                markersize=7,
-                capsize=4,
-                label=name,
-            )
+            axes.plot(queries, means, "o-", color=color, linewidth=2, markersize=7, label=name, zorder=3)
+            for count in queries:
+                each = line[count]
+                axes.plot([count] * len(each), each, ".", color=color, alpha=0.35, markersize=8, zorder=2)
         if rows[0]["dataset"] == "mnist":
             for name, epsilon, reached in _PUBLISHED_PATE:
-                axes.axhline(reached, color=_MUTED, linewidth=1.2, linestyle=":")
-                words = f"{name}: {reached:.1%} at a data-dependent ε = {epsilon:g}"
+                axes.axhline(1 - reached, color=_MUTED, linewidth=1.2, linestyle=":")
+                words = f"{name}, data-dependent ε = {epsilon:g}"
+                place = ("axes fraction", "data")
                 axes.annotate(
-                    words, (0.01, reached), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
+                    words, (0.99, 1.02 - 1.02 * reached), xycoords=place, fontsize=8, ha="right", va="bottom"
                 )
         axes.set_xscale("log")
-        counts = sorted({count for line in budgets.values() for count in line})
-        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_yscale("log")
+        for axis, ticks, words in (
+            (axes.xaxis, (10, 20, 50, 100, 200, 500), "{:g}"),
+            (axes.yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), "{:.0%}"),
+        ):
+            axis.set_ticks(ticks, [words.format(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(xmax=1, decimals=None))
+        counts = [count for line in budgets.values() for count in line]
+        errors = [error for line in budgets.values() for each in line.values() for error in each]
+        axes.set_xlim(min(counts) / 1.3, max(counts) * 1.5)
+        axes.set_ylim(min(0.01, min(errors)) / 1.2, max(errors) * 1.3)
         axes.grid(color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=_INK, length=0)
         axes.set_xlabel("queries, each answered: more of them mean more noise on each", color=_INK)
-        axes.set_ylabel("the student's test accuracy", color=_INK)
+        axes.set_ylabel("the student's test error (dots: seeds)", color=_INK)
         title = f"PATE on {rows[0]['dataset'].upper()}: few precise answers or many noisy ones"
         axes.set_title(title, loc="left", color=_INK, fontweight="bold", pad=12)
-        axes.legend(loc="lower right", frameon=False, labelcolor=_INK)
+        axes.legend(loc="upper right", frameon=False, labelcolor=_INK)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         plt.close(figure)

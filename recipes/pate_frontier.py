@@ -56,7 +56,7 @@ def cases(dataset: str) -> dict[str, PATERun]:
                 threshold_noise=150.0,
             ),
         }
-        grid = {2.0: (None, 280), 1.0: (None, 130), 0.5: (None,)}
+        grid = {2.0: (None, 280), 1.0: (None, 130), 0.5: (None, 33)}
     for epsilon, numbers in grid.items():
         for queries in numbers:
             chosen = "default" if queries is None else queries
