@@ -42,12 +42,10 @@ class Voters:
     Attributes:
         ensemble: The teachers.
         votes: Int64 [public inputs, classes].
-        from_cache: Whether both were there already.
     """
 
     ensemble: Ensemble
     votes: Tensor
-    from_cache: bool
 
 
 def obtain_voters(
@@ -81,7 +79,7 @@ def obtain_voters(
     votes = ensemble.votes(public)
     if folder is not None:
         _store(folder, ensemble, votes)
-    return Voters(ensemble, votes, from_cache=False)
+    return Voters(ensemble, votes)
 
 
 def train_teachers(
@@ -162,7 +160,7 @@ def _cached(folder: Path, public: int, classes: int, teachers: int) -> Voters | 
     whole = votes.shape == (public, classes) and votes.dtype == torch.int64
     if not whole or ensemble.teachers != teachers or not bool((votes.sum(dim=1) == teachers).all()):
         return None
-    return Voters(ensemble, votes, from_cache=True)
+    return Voters(ensemble, votes)
 
 
 def _store(folder: Path, ensemble: Ensemble, votes: Tensor) -> None:

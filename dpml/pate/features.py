@@ -58,8 +58,7 @@ def features_by_name(name: FeatureName, example_shape: tuple[int, ...]) -> tuple
     if not is_image:
         raise UserError(
             f"Scattering is for images (channels, height, width) of at least {_LEAST_SIDE}×{_LEAST_SIDE}, "
-            f"got "
-            f"{example_shape}: choose the features 'values'."
+            f"got {example_shape}: choose the features 'values'."
         )
     return name, scattering
 

@@ -60,7 +60,7 @@ class PATEReport:
 
     def start(self) -> None:
         """Write down the plan before anything is trained."""
-        self._write_events(self._nothing(), "running")
+        self._write_events(Repeated(self.plan.event, 0), "running")
         aggregator = self.plan.aggregator
         settings = {
             **asdict(self.config),
@@ -205,8 +205,7 @@ class PATEReport:
     def _statement(self, summary: dict[str, Any]) -> str:
         copied = (
             "dataset status epsilon epsilon_lower epsilon_spent delta accountant noise_multiplier "
-            "n_is_public "
-            "noise_is_secret aggregator teachers threshold threshold_noise"
+            "n_is_public noise_is_secret aggregator teachers threshold threshold_noise"
         )
         try:
             risk = Risk.of(self.plan.event, summary["delta"], self.relation)
@@ -235,9 +234,6 @@ class PATEReport:
         if answers == self.plan.aggregator.plan:
             return self.plan.event
         return Composed([answers, self.plan.release.event])
-
-    def _nothing(self) -> Event:
-        return Repeated(self.plan.event, 0)
 
     def _write_events(self, committed: Event, status: str) -> None:
         if self.folder is not None:

@@ -403,8 +403,7 @@ def load_ensemble(folder: str | os.PathLike[str]) -> tuple[Ensemble, dict[str, A
         if name not in FEATURES:
             raise UserError(
                 f"The teachers of {str(path)!r} look at features that are a function of your own, which a "
-                f"file "
-                "cannot hold: use the ensemble from Python."
+                "file cannot hold: use the ensemble from Python."
             )
         name, function = features_by_name(name, shape)
         width = function(torch.zeros(1, *shape)).shape[1]
