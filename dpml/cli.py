@@ -26,6 +26,7 @@ from dpml.config import DPSGDRun
 from dpml.options import options_from, typed
 from dpml.pate.config import PATERun
 from dpml.questions import account, calibrate
+from dpml.registry import command_entries, load_command
 from dpml.table import print_table
 
 if TYPE_CHECKING:
@@ -71,7 +72,20 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-@click.group(context_settings=_CONTEXT)
+class _WithRegistered(click.Group):
+    """Commands of this module, and those that packages have registered in the group `dpml.commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *command_entries()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None or cmd_name not in (entries := command_entries()):
+            return own
+        return load_command(entries[cmd_name])
+
+
+@click.group(cls=_WithRegistered, context_settings=_CONTEXT)
 @click.version_option(package_name="dpml", prog_name="dpml")
 def dpml() -> None:
     """Train models with differential privacy and never lose count of what that cost."""
@@ -150,7 +164,7 @@ def _configuration(method: str, given: dict[str, Any]) -> dict[str, Any]:
     from dpml.registry import default_run
 
     private = not given.get("non_private", False)
-    recipe = default_run(method, given["dataset"], private=private)
+    recipe = default_run(method, given["dataset"], private=private, epsilon=given.get("epsilon"))
     base = {} if recipe is None else dict(vars(recipe))
     # The wish for privacy is the caller's alone: a recipe's own ε, δ, noise or queries never stand in for it.
     for wish in ("epsilon", "noise_multiplier", "delta", "non_private", "queries"):
