@@ -132,7 +132,9 @@ class PATEReport:
             "warning": "NOT PRIVATE: computed from the teachers' votes without noise. Do not publish.",
             "mean_largest_share_of_votes": float(votes.max(axis=1).mean() / self.config.teachers),
         }
-        if not self.config.non_private and self.config.delta is not None:
+        if self.config.aggregator == "interactive-gnmax":
+            figures["data_dependent_epsilon"] = None  # its theory is for queries that were fixed beforehand
+        elif not self.config.non_private and self.config.delta is not None:
             cost = diagnose(self.plan.aggregator, votes, answered[asked])
             figures |= {"data_dependent_epsilon": cost.epsilon(self.config.delta), "delta": self.config.delta}
         if self.test_set is not None:
