@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import mpmath
@@ -114,9 +115,14 @@ class Randomness:
         is_secret: Whether the key came from the operating system and is known to nobody.
     """
 
-    def __init__(self, key: bytes, *, is_secret: bool) -> None:
+    def __init__(self, key: bytes, *, is_secret: bool, position: int = 0) -> None:
+        """Begin the stream of `key` at its word number `position`."""
         self.is_secret = is_secret
-        self._stream: CipherContext = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+        self._key, self._position = key, position
+        block, odd = divmod(position, 2)
+        nonce = (block % 2**128).to_bytes(16, "big")
+        self._stream: CipherContext = Cipher(algorithms.AES256(key), modes.CTR(nonce)).encryptor()
+        self._stream.update(bytes(8 * odd))
 
     @classmethod
     def secret(cls) -> Randomness:
@@ -129,9 +135,23 @@ class Randomness:
         key = hashlib.sha256(f"dpml {purpose} {int(seed)}".encode()).digest()
         return cls(key, is_secret=False)
 
+    def state(self) -> dict[str, Any]:
+        """What `from_state` needs to go on from here, as JSON. Whoever has it can subtract the noise."""
+        return {"key": self._key.hex(), "position": self._position, "is_secret": self.is_secret}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Randomness:
+        """The stream whose `state` this was, at the same place.
+
+        For the same computation once more, whose first outcome nobody has seen: noise that is used on
+        anything else protects neither.
+        """
+        return cls(bytes.fromhex(state["key"]), is_secret=state["is_secret"], position=state["position"])
+
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """`count` independent uniform 64-bit integers, shape [count]."""
         parts = []
+        self._position += count
         left = 8 * count
         while left > 0:
             size = min(left, _CHUNK)
