@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from accounting import Gaussian, UserError
 from accounting.events import check_count, check_number
 from dpml.gradients.engine import ClippedSum, ClippingMode
+from dpml.noise import noised
 from dpml.planning import count_event
 from dpml.randomness import Randomness
 
@@ -79,7 +82,7 @@ class AdaptiveClipping:
 
     def update(self, count: float, randomness: Randomness) -> None:
         """Add fresh noise to the count of this step, and move the norm. Commit the step before."""
-        noisy = count + self.count_noise * float(randomness.normals(1)[0])
+        noisy = float(noised(np.array([count]), self.count_noise, randomness)[0])
         unclipped = 0.5 + noisy / self.expected_batch_size
         moved = math.log(self.norm) - _RATE * (unclipped - self.quantile)
         self.norm = math.exp(min(max(moved, math.log(_LEAST_NORM)), math.log(_MOST_NORM)))

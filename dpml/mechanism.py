@@ -23,10 +23,10 @@ from dpml.planning import gaussian_event
 class SampledGaussianMechanism:
     """A Poisson sample's clipped gradients, summed, with Gaussian noise (Abadi et al. 2016, Algorithm 1).
 
-    Guarantee: `release` returns the sum plus N(0, (noise_multiplier·C)²) in every coordinate, after
-    committing to the reservation; one record moves the sum by at most C·(1 + slack) under zero-out or
-    add-or-remove-one. `event` states just that. With an adaptive clip norm, which is public, C is the norm
-    of the step, and the same commit covers the count that moves it.
+    Guarantee: `release` returns the sum plus N(0, (noise_multiplier·C)²) in every coordinate, rounded to a
+    public grid (`dpml.noise`), after committing to the reservation; one record moves the sum by at most
+    C·(1 + slack) under zero-out or add-or-remove-one. `event` states just that. With an adaptive clip norm,
+    which is public, C is the norm of the step, and the same commit covers the count that moves it.
 
     Attributes:
         sampler: Draws each step's sample.
@@ -78,13 +78,10 @@ class SampledGaussianMechanism:
             )
         count = self.clipping.count(clipped) if isinstance(self.clipping, AdaptiveClipping) else 0.0
         reservation.commit(1)
-        noises = self.noise.draw([g.shape for g in clipped.gradients], self.clipping.norm)
+        noisy = self.noise.add(clipped.gradients, self.clipping.norm)
         if isinstance(self.clipping, AdaptiveClipping):
             self.clipping.update(count, self.noise.randomness)
-        return [
-            gradient + noise.to(gradient.device)
-            for gradient, noise in zip(clipped.gradients, noises, strict=True)
-        ]
+        return noisy
 
 
 def set_gradients(parameters: Iterable[nn.Parameter], sums: Iterable[Tensor], divisor: float) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from accounting import Composed, Event, GNMax, GNMaxThreshold, LNMax, NonPrivate, Repeated, UserError
 from accounting.events import check_count, check_number
+from dpml.noise import noisy_argmax, noisy_reaches
 from dpml.pate.config import AGGREGATORS, AggregatorName
 from dpml.randomness import Randomness
 
@@ -82,17 +83,17 @@ class Aggregator:
         """
         if self.check_event is None or self.threshold is None:
             raise UserError("This aggregator has no check.")
-        noise = self.check_event.sigma * randomness.normals(len(counts))
-        return np.asarray(counts.max(axis=1, initial=-np.inf) + noise >= self.threshold)
+        largest = counts.max(axis=1, initial=-np.inf)
+        draw = randomness.normal_draw(len(counts))
+        return noisy_reaches(largest, self.check_event.sigma, draw, self.threshold)
 
     def choose(self, counts: Counts, randomness: Randomness) -> npt.NDArray[np.int64]:
         """The class of most votes after noise on each count, for each row: int64 [m]."""
-        noise = np.zeros(counts.shape)
+        if self.answer_event is None:
+            return np.asarray(counts.argmax(axis=1))
         if isinstance(self.answer_event, GNMax):
-            noise = self.answer_event.sigma * randomness.normals(counts.size).reshape(counts.shape)
-        elif isinstance(self.answer_event, LNMax):
-            noise = self.answer_event.scale * randomness.laplaces(counts.size).reshape(counts.shape)
-        return np.asarray((counts + noise).argmax(axis=1))
+            return noisy_argmax(counts, self.answer_event.sigma, randomness.normal_draw(counts.size))
+        return noisy_argmax(counts, self.answer_event.scale, randomness.laplace_draw(counts.size))
 
     def to_dict(self) -> dict[str, Any]:
         """A description as JSON; two aggregators are the same mechanism if theirs are equal."""

@@ -135,7 +135,7 @@ def observe(*, interrupt_at: int | None = None, **settings: Any) -> Observation:
 
 def _record_seams(seen: Observation, patch: pytest.MonkeyPatch) -> None:
     clipped_sum, commit = SampledGaussianMechanism.clipped_sum, Reservation.commit
-    record, normals = PrivacyAccountant.record, Randomness.normals
+    record, normals = PrivacyAccountant.record, Randomness.normal_draw
     reckoning: list[bool] = []
 
     def recorded_sum(self: Any, *arguments: Any) -> Any:
@@ -162,7 +162,7 @@ def _record_seams(seen: Observation, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SampledGaussianMechanism, "clipped_sum", recorded_sum)
     patch.setattr(Reservation, "commit", recorded_commit)
     patch.setattr(PrivacyAccountant, "record", unrecorded)
-    patch.setattr(Randomness, "normals", recorded_normals)
+    patch.setattr(Randomness, "normal_draw", recorded_normals)
 
 
 def _flat(tensors: Sequence[Tensor]) -> np.ndarray:

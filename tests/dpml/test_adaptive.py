@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import noises
 import numpy as np
 import privacy_checks
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from accounting import Composed, Gaussian, PoissonSampled, PrivacyAccountant, Repeated, Reservation, UserError
+from dpml import adaptive
 from dpml.adaptive import AdaptiveClipping
 from dpml.config import DPSGDConfig
 from dpml.data.batches import Examples
@@ -132,22 +134,16 @@ def test_the_norm_goes_to_the_quantile_from_both_sides():
 
 # ---------------------------------------------------------------- planted faults
 
-_draw, _update, _count = GaussianNoise.draw, AdaptiveClipping.update, AdaptiveClipping.count
+_noised, _count = adaptive.noised, AdaptiveClipping.count
 _release, _commit = SampledGaussianMechanism.release, Reservation.commit
 
 
 def _count_noise(factor):
-    class Scaled:
-        def __init__(self, randomness):
-            self.randomness = randomness
-
-        def normals(self, count):
-            return factor * self.randomness.normals(count)
-
     def plant(patch):
-        patch.setattr(
-            AdaptiveClipping, "update", lambda self, count, source: _update(self, count, Scaled(source))
-        )
+        def noised(values, scale, randomness):
+            return values + factor * (_noised(values, scale, randomness) - values)
+
+        patch.setattr(adaptive, "noised", noised)
 
     return plant
 
@@ -155,11 +151,11 @@ def _count_noise(factor):
 def _count_noise_drawn_once(patch):
     kept = []
 
-    def update(self, count, source):
-        kept.append(kept[0] if kept else source.normals(1))
-        _update(self, count, SimpleNamespace(normals=lambda _: kept[0]))
+    def noised(values, scale, randomness):
+        kept.append(kept[0] if kept else _noised(values, scale, randomness) - values)
+        return values + kept[0]
 
-    patch.setattr(AdaptiveClipping, "update", update)
+    patch.setattr(adaptive, "noised", noised)
 
 
 def _count_of_zeros_and_ones(patch):
@@ -200,7 +196,7 @@ def _more_count_noise_is_charged(patch):
 
 
 def _gradient_noise_at_the_first_norm(patch):
-    patch.setattr(GaussianNoise, "draw", lambda self, shapes, _: _draw(self, shapes, START))
+    noises.plant(patch, lambda self, shapes, _: noises.draw(self, shapes, START))
 
 
 def _gradient_noise_at_the_next_norm(patch):
@@ -214,12 +210,8 @@ def _gradient_noise_at_the_next_norm(patch):
 
 def _count_before_the_commit(patch):
     def release(self, clipped, reservation):
-        noise = self.noise.randomness.normals(1)
-        patch.setattr(
-            AdaptiveClipping,
-            "update",
-            lambda mine, count, _: _update(mine, count, SimpleNamespace(normals=lambda _: noise)),
-        )
+        noise = _noised(np.zeros(1), self.clipping.count_noise, self.noise.randomness)
+        patch.setattr(adaptive, "noised", lambda values, *_: values + noise)
         return _release(self, clipped, reservation)
 
     patch.setattr(SampledGaussianMechanism, "release", release)
@@ -333,18 +325,19 @@ def test_a_reservation_of_gradients_alone_is_foreign():
             assert reservation.committed == 0
 
 
-def test_the_norm_moves_as_in_the_paper_by_the_expected_batch_size():
+def test_the_norm_moves_as_in_the_paper_by_the_expected_batch_size(monkeypatch):
     clipping = AdaptiveClipping(2.0, 0.3, 10, 4.0)
-    noise = SimpleNamespace(normals=lambda n: np.full(n, 0.25))
-    clipping.update(-1.5, noise)
+    monkeypatch.setattr(adaptive, "noised", lambda values, scale, _: values + scale * 0.25)
+    clipping.update(-1.5, Randomness.secret())
     share = 0.5 + (-1.5 + 4.0 * 0.25) / 10
     assert clipping.norm == pytest.approx(2.0 * math.exp(-0.2 * (share - 0.3)), rel=1e-12)
 
 
 @pytest.mark.parametrize(("normal", "end"), [(1e9, 1e-12), (-1e9, 1e12)])
-def test_the_norm_stays_a_number(normal, end):
+def test_the_norm_stays_a_number(normal, end, monkeypatch):
     clipping = AdaptiveClipping(1.0, 0.5, 10, 1.0)
-    clipping.update(0.0, SimpleNamespace(normals=lambda n: np.full(n, normal)))
+    monkeypatch.setattr(adaptive, "noised", lambda values, scale, _: values + scale * normal)
+    clipping.update(0.0, Randomness.secret())
     assert clipping.norm == pytest.approx(end)
     assert Clipping(clipping.norm)
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import noises
 import numpy as np
 import privacy_checks
 import pytest
@@ -23,7 +24,6 @@ from dpml.data.samplers import PoissonSampler
 from dpml.gradients import BookKeepingEngine
 from dpml.gradients.engine import ClippedSum, Clipping, plain_sum, trainable_parameters
 from dpml.mechanism import SampledGaussianMechanism
-from dpml.noise import GaussianNoise
 from dpml.randomness import Randomness
 
 Patch = pytest.MonkeyPatch
@@ -115,7 +115,7 @@ def test_the_seed_of_a_run_fixes_no_noise():
 
 # ---------------------------------------------------------------- planted faults: noise
 
-_draw = GaussianNoise.draw
+_draw = noises.draw
 _release = SampledGaussianMechanism.release
 _mechanism_sum = SampledGaussianMechanism.clipped_sum
 _engine_sum = BookKeepingEngine.clipped_sum
@@ -125,15 +125,13 @@ _micro_batches = Examples.micro_batches
 
 def _scaled_noise(factor: float) -> Fault:
     def plant(patch: Patch) -> None:
-        patch.setattr(
-            GaussianNoise, "draw", lambda self, shapes, norm: [n * factor for n in _draw(self, shapes, norm)]
-        )
+        noises.plant(patch, lambda self, shapes, norm: [n * factor for n in _draw(self, shapes, norm)])
 
     return plant
 
 
 def _noise_left_out(patch: Patch) -> None:
-    patch.setattr(GaussianNoise, "draw", lambda _, shapes, __: [torch.zeros(*s) for s in shapes])
+    noises.plant(patch, lambda _, shapes, __: [torch.zeros(*s) for s in shapes])
 
 
 def _noise_drawn_once(patch: Patch) -> None:
@@ -143,7 +141,7 @@ def _noise_drawn_once(patch: Patch) -> None:
         drawn.append(drawn[0] if drawn else _draw(self, shapes, norm))
         return drawn[0]
 
-    patch.setattr(GaussianNoise, "draw", draw)
+    noises.plant(patch, draw)
 
 
 def _noise_reused_every_other_step(patch: Patch) -> None:
@@ -153,7 +151,7 @@ def _noise_reused_every_other_step(patch: Patch) -> None:
         drawn.append(drawn[-1] if len(drawn) % 2 else _draw(self, shapes, norm))
         return drawn[-1]
 
-    patch.setattr(GaussianNoise, "draw", draw)
+    noises.plant(patch, draw)
 
 
 def _noise_correlated_over_steps(patch: Patch) -> None:
@@ -169,7 +167,7 @@ def _noise_correlated_over_steps(patch: Patch) -> None:
         last.append(mixed)
         return mixed
 
-    patch.setattr(GaussianNoise, "draw", draw)
+    noises.plant(patch, draw)
 
 
 def _one_number_for_all_coordinates(patch: Patch) -> None:
@@ -177,11 +175,11 @@ def _one_number_for_all_coordinates(patch: Patch) -> None:
         [number] = _draw(self, [[1]], norm)
         return [number.expand(*shape) for shape in shapes]
 
-    patch.setattr(GaussianNoise, "draw", draw)
+    noises.plant(patch, draw)
 
 
 def _same_noise_for_both_parameters(patch: Patch) -> None:
-    patch.setattr(GaussianNoise, "draw", lambda self, shapes, norm: _draw(self, shapes[:1], norm) * 2)
+    noises.plant(patch, lambda self, shapes, norm: _draw(self, shapes[:1], norm) * 2)
 
 
 def _noise_of_another_law(patch: Patch) -> None:
@@ -191,7 +189,7 @@ def _noise_of_another_law(patch: Patch) -> None:
         uniform *= math.sqrt(3) * self.noise_multiplier * norm  # the right standard deviation
         return [part.view(*s) for part, s in zip(uniform.split(RECORDS), shapes, strict=True)]
 
-    patch.setattr(GaussianNoise, "draw", draw)
+    noises.plant(patch, draw)
 
 
 def _noise_for_one_parameter_only(patch: Patch) -> None:
@@ -199,14 +197,14 @@ def _noise_for_one_parameter_only(patch: Patch) -> None:
         first, second = _draw(self, shapes, norm)
         return [first, torch.zeros_like(second)]
 
-    patch.setattr(GaussianNoise, "draw", draw)
+    noises.plant(patch, draw)
 
 
 def _noise_once_per_micro_batch(patch: Patch) -> None:
     def release(self, clipped, reservation):
         released = _release(self, clipped, reservation)
         for _ in range(1, math.ceil(clipped.diagnostics["examples"] / 8)):
-            more = self.noise.draw([g.shape for g in released], self.clipping.norm)
+            more = _draw(self.noise, [g.shape for g in released], self.clipping.norm)
             released = [a + b for a, b in zip(released, more, strict=True)]
         return released
 
@@ -445,9 +443,9 @@ def _batch_capped(patch: Patch) -> None:
 
 def _release_before_the_commit(patch: Patch) -> None:
     def release(self, clipped, reservation):
-        noises = self.noise.draw([g.shape for g in clipped.gradients], self.clipping.norm)
+        drawn = _draw(self.noise, [g.shape for g in clipped.gradients], self.clipping.norm)
         reservation.commit(1)
-        return [g + n for g, n in zip(clipped.gradients, noises, strict=True)]
+        return [g + n for g, n in zip(clipped.gradients, drawn, strict=True)]
 
     patch.setattr(SampledGaussianMechanism, "release", release)
 
@@ -459,8 +457,8 @@ def _commit_after_the_next_update(patch: Patch) -> None:
         if late:
             reservation.commit(1)
         late.append(reservation)
-        noises = self.noise.draw([g.shape for g in clipped.gradients], self.clipping.norm)
-        return [g + n for g, n in zip(clipped.gradients, noises, strict=True)]
+        drawn = _draw(self.noise, [g.shape for g in clipped.gradients], self.clipping.norm)
+        return [g + n for g, n in zip(clipped.gradients, drawn, strict=True)]
 
     patch.setattr(SampledGaussianMechanism, "release", release)
 
@@ -605,7 +603,7 @@ def test_a_planted_fault_of_empty_batches_is_caught(fault, message, monkeypatch)
 def test_an_extra_step_is_refused_before_its_noise_is_drawn(monkeypatch):
     _loop_once_more(monkeypatch)
     drawn = []
-    monkeypatch.setattr(GaussianNoise, "draw", lambda *arguments: drawn.append(1) or _draw(*arguments))
+    noises.plant(monkeypatch, lambda *arguments: drawn.append(1) or _draw(*arguments))
     with pytest.raises(ReservationError, match="160 are committed; 1 more exceed it"):
         observe(insecure_noise_seed=22)
     assert len(drawn) == 160

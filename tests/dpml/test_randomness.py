@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -176,3 +177,15 @@ def test_numbers_of_one_draw_and_of_different_draws_are_uncorrelated():
         assert abs(np.corrcoef(x, y)[0, 1]) < bound
         assert abs(np.corrcoef(x**2, y**2)[0, 1]) < bound
     assert abs(np.corrcoef(a, a + 40 * bound * b)[0, 1]) > bound
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 7, 2**17 + 3])
+def test_a_stream_goes_on_from_its_state(before):
+    for source in (Randomness.secret(), Randomness.from_seed(1, "noise")):
+        source.words(before)
+        state = json.loads(json.dumps(source.state()))
+        again = Randomness.from_state(state)
+        assert again.is_secret is source.is_secret
+        for count in (1, 2, 5):
+            assert np.array_equal(source.words(count), again.words(count))
+        assert again.state() == source.state() != state

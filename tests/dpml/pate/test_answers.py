@@ -78,9 +78,9 @@ class Counting(Randomness):
 
     folder: Path
 
-    def normals(self, count):
+    def normal_draw(self, count):
         note(self.folder, "numbers", count, "")
-        return super().normals(count)
+        return super().normal_draw(count)
 
 
 def note(folder, what, query, how):
