@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,10 @@ def command(
 
     RECIPE supplies all settings that are not given. A setting with several values, as in
     --learning-rate 0.1,0.3,1, is tuned. ε (--epsilon in, or --noise-multiplier in and ε out) covers
-    everything: the trials, their comparison and the release. How many trials there are is secret, and so there is no
-    progress bar; the time that they take together tells something about it to who watches. Called again in
-    the same way, a run that was interrupted goes on.
+    everything: the trials, their comparison and the release. How many trials there are is secret, and so
+    there is no progress bar; the time that they take together tells something about it to who watches.
+    Called again in the same way, a run that was interrupted goes on.
     """
-    from dataclasses import replace
-
     from dpml.cli import FAILED, OK, show_run
     from recipes.tuning.trials import complete, tune
 
