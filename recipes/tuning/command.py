@@ -76,11 +76,14 @@ def command(
     if not lists:
         raise UserError("Give several values of a setting, such as --learning-rate 0.1,0.3,1. Got none.")
     run = replace(complete(recipe, wish.get("epsilon")), **fixed)
-    click.echo(
-        f"dpml: tuning on {Path(run.dataset).name}: {mean_trials:g} trials on average. How many it will be "
-        "is secret, so there is no progress bar.",
-        err=True,
-    )
+
+    def started() -> None:
+        click.echo(
+            f"dpml: tuning on {Path(run.dataset).name}: {mean_trials:g} trials on average. How many it will "
+            "be is secret, so there is no progress bar.",
+            err=True,
+        )
+
     try:
         result = tune(
             run,
@@ -91,6 +94,7 @@ def command(
             shape=shape,
             public_validation=public_validation,
             exempt_public_benchmark=exempt_public_benchmark,
+            started=started,
         )
     except KeyboardInterrupt:
         click.echo("dpml: nothing was released; the same command goes on.", err=True)

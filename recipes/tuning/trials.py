@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ def tune(
     shape: float = GEOMETRIC,
     public_validation: str | os.PathLike[str] | None = None,
     exempt_public_benchmark: bool = False,
+    started: Callable[[], None] | None = None,
 ) -> TrainingResult:
     """Train a secret, random number of trials of DP-SGD, release the best of them alone, and charge for that.
 
@@ -58,6 +59,7 @@ def tune(
         public_validation: An `.npz` file with `x` and `y`, public examples that decide. By default the last
             tenth of the training set does: exactly for a public benchmark, by a noisy count for other data.
         exempt_public_benchmark: Charge one trial only, and say so. For public benchmarks.
+        started: Called when everything is checked and the trials begin, or go on.
 
     Raises:
         UserError: for a mistake in the configuration, the data or the output folder; nothing is spent then.
@@ -96,6 +98,8 @@ def tune(
     ):
         reservation.commit_all()
         _write_events(state, plan, "running")
+        if started is not None:
+            started()
         while state.done < len(state.picks):
             _run_trial(plan, split, state, base)
         winner = state.best or _nothing_drawn(plan, split.data, state)
