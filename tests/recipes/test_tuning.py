@@ -61,7 +61,7 @@ def test_the_price_of_choosing_on_digits(mean: float, price: float) -> None:
 
 def test_a_budget_pays_for_candidates_of_any_length_and_for_the_score(own_data: Path) -> None:
     run = own_run(own_data, noise_multiplier=None, epsilon=4.0)
-    lists = {"epochs": [0.5, 2.0], "clip_quantile": [None, 0.5]}
+    lists = {"epochs": [0.5, 2.0], "learning_rate": [0.1, 1.0]}
     plan = make_plan(
         candidates_of(run, lists), examples=90, private_score=True, mean_trials=5, shape=1, charged=True
     )

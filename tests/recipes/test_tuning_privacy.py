@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def run_of(data: Path, **changed: Any) -> DPSGDRun:
-    # With this seed there are 24 trials for a mean of 12; it fixes their noise too, so that these tests always see the same.
+    # This seed makes 24 trials of a mean of 12, and fixes their noise, so that all these tests see the same.
     settings = {"delta": 1e-3, "noise_multiplier": 3.0, "model": "linear", "epochs": 0.5, "batch_size": 15}
     return DPSGDRun(**{"dataset": str(data), "insecure_noise_seed": 23, **settings, **changed})
 
