@@ -17,7 +17,7 @@ from accounting.calibration import (
     calibrate_steps,
 )
 from accounting.curve import epsilon_curve
-from accounting.curves import ZCDP, BestOfRuns, SmoothRelease
+from accounting.curves import ZCDP, BestOfRuns, OneOf, SmoothRelease
 from accounting.errors import UnsupportedEvent, UserError
 from accounting.events import (
     RELATIONS,
@@ -63,6 +63,7 @@ __all__ = [
     "Method",
     "NeighboringRelation",
     "NonPrivate",
+    "OneOf",
     "PoissonSampled",
     "PrivacyAccountant",
     "PrivacyBudget",

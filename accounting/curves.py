@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from accounting import pld
 from accounting.atoms import Atom, Curve
-from accounting.events import Event, NeighboringRelation, check_event, check_number, merged
+from accounting.errors import UserError
+from accounting.events import Event, NeighboringRelation, check_event, check_number, merged, shown
 from accounting.mechanisms import MOST_EPSILON, changes, store_number
 from accounting.pairs import FloatArray
 from accounting.pate_sanitise import SanitisedRelease, gnss_rdp
@@ -121,6 +125,59 @@ class BestOfRuns(Event):
 
 def _distribution(mean_runs: float, shape: float | None) -> RunsDistribution:
     return from_mean_runs(mean_runs, float("inf") if shape is None else shape)
+
+
+# ---------------------------------------------------------------- one of several events
+
+
+@dataclass(frozen=True)
+class WorstCurve(Curve):
+    """The largest divergence of several mechanisms, at each order."""
+
+    bases: tuple[tuple[tuple[Atom, int], ...], ...]
+
+    def __str__(self) -> str:
+        return f"One of {len(self.bases)} mechanisms"
+
+    def divergence(self, orders: FloatArray) -> FloatArray:
+        """The maximum over the mechanisms."""
+        return np.asarray(np.max([rdp(dict(base), orders) for base in self.bases], axis=0))
+
+
+@dataclass(frozen=True)
+class OneOf(Event):
+    """One of `events`, charged as the worst of them at each Rényi order.
+
+    It covers two things, and both at once:
+
+    - a mechanism that is drawn at random from a public list, independently of the data. With the choice
+      known, the sum E_Q[(P/Q)^α] is the mean of those of the members, and a mean is at most the maximum;
+    - parallel composition: a record is read by one member alone, since the members read disjoint parts. What
+      goes from one part to another is post-processing. Which part a record is in must not depend on other
+      records: under zero-out, fixed positions will do.
+
+    Where all members cost the same it is one of them, and has a privacy-loss distribution if that has one.
+    """
+
+    events: tuple[Event, ...]
+    may_be_sampled: ClassVar[bool] = False
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        parts = tuple(events) if isinstance(events, Iterable) else ()
+        if not parts:
+            raise UserError(
+                f"The 'events' of OneOf must be a list of at least one event. Got {shown(events)}."
+            )
+        for part in parts:
+            check_event(part, "OneOf")
+        object.__setattr__(self, "events", parts)
+
+    def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
+        """Those of the one member, or one Rényi curve; no protection if a member has none."""
+        bases = list(dict.fromkeys(tuple(merged(part.atoms(relation)).items()) for part in self.events))
+        if any(Atom.NON_PRIVATE in dict(base) for base in bases):
+            return {Atom.NON_PRIVATE: 1}
+        return dict(bases[0]) if len(bases) == 1 else {Atom(WorstCurve(tuple(bases))): 1}
 
 
 # ---------------------------------------------------------------- a sanitised data-dependent bound

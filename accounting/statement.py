@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accounting.errors import UserError
 from accounting.events import Event, NeighboringRelation
@@ -76,6 +76,25 @@ class GuaranteeFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelectionFacts:
+    """How the released model was chosen among several trials.
+
+    Attributes:
+        candidates: What was tried, in words.
+        trials: How many trials there were, in words: their distribution if the number is secret.
+        score: What decided, in words.
+        charged: Whether ε covers the choice.
+        epsilon_of_one: ε of the released trial's training alone.
+    """
+
+    candidates: str
+    trials: str
+    score: str
+    charged: bool
+    epsilon_of_one: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrivacyFacts(GuaranteeFacts):
     """What the statement of a DP-SGD run is made of.
 
@@ -87,6 +106,7 @@ class PrivacyFacts(GuaranteeFacts):
         planned_steps: Steps that were reserved.
         steps: Steps that were released.
         clip_quantile: The quantile that the clip norm followed by noisy counts; None if it was fixed.
+        selection: How the model was chosen, if it is the best of several.
     """
 
     clip_norm: float
@@ -96,6 +116,7 @@ class PrivacyFacts(GuaranteeFacts):
     planned_steps: int
     steps: int
     clip_quantile: float | None = None
+    selection: SelectionFacts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +172,8 @@ class _Words:
     logs: str
     progress: str
     rows: list[tuple[str, str]]
+    warning: str = ""
+    choices: str = "choices made by looking at the private data, such as hyperparameters tuned on it; timing and memory use"
 
 
 def _dpsgd(f: PrivacyFacts) -> _Words:
@@ -172,7 +195,7 @@ def _dpsgd(f: PrivacyFacts) -> _Words:
             if f.relation == "add-or-remove-one"
             else ""
         )
-    return _Words(
+    words = _Words(
         subject=f"The model trained on `{f.dataset}` by {f.method}",
         seen="the model, and every model on the way to it,",
         covered=f"the weights{norms} after every step",
@@ -189,6 +212,36 @@ def _dpsgd(f: PrivacyFacts) -> _Words:
             ("steps planned, released", f"{f.planned_steps:,}, {f.steps:,}"),
             ("slack of the clipping, charged", f"{f.sensitivity_slack:g}"),
         ],
+    )
+    return words if f.selection is None else _selected(words, f.selection, f.epsilon)
+
+
+def _selected(words: _Words, s: SelectionFacts, epsilon: float) -> _Words:
+    """The words of the released trial, and how it was chosen."""
+    rows = [
+        *words.rows,
+        ("chosen among", s.candidates),
+        ("trials", s.trials),
+        ("what decided", s.score),
+        ("ε of this training alone, without the choice", _up(s.epsilon_of_one)),
+    ]
+    if not s.charged:
+        warning = (
+            "> **The selection is not charged.** This model is the best of several that were trained on these "
+            "records. ε is that of its own training alone, because the data set is a public benchmark, and holds "
+            "for one that was trained with these hyperparameters without looking. The same on private data costs "
+            "more.\n\n"
+        )
+        return replace(words, warning=warning, rows=rows)
+    rows.append(("what the choice added to ε", _up(max(0.0, epsilon - s.epsilon_of_one))))
+    return replace(
+        words,
+        subject=f"{words.subject}, and chosen as the best of a random number of trials,",
+        covered=f"{words.covered}, and the choice of hyperparameters among those named below. No other trial "
+        "was released, nor how many there were",
+        choices="other choices made by looking at the private data; memory use and timing: the time that all "
+        "trials took together tells whoever watched something of their number",
+        rows=rows,
     )
 
 
@@ -267,7 +320,7 @@ def _assembled(f: GuaranteeFacts, words: _Words) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""# Privacy statement
 
-{warning}{words.subject} satisfies **(ε, δ)-differential privacy with ε = \
+{warning}{words.warning}{words.subject} satisfies **(ε, δ)-differential privacy with ε = \
 {_up(f.epsilon)} and δ = {f.delta:g}**.
 
 {stopped}- **What is protected**: each single record of the training set: {_RELATIONS[f.relation]}.
@@ -278,8 +331,7 @@ likely with the record as without it, up to δ.
 `summary.json`.{hidden}
 - **What is covered**: {words.covered}. {test}
 - **What is not covered**: records that appear several times or belong to the same person (protection weakens \
-with the number of such records); choices made by looking at the private data, such as hyperparameters tuned on \
-it; timing and memory use.{words.not_covered}{logs}
+with the number of such records); {words.choices}.{words.not_covered}{logs}
 
 | | |
 | --- | --- |

@@ -155,7 +155,7 @@ def _trained(run: Any, output: Path | None, method: str, train_run: Callable[...
         result = train_run(run, output=output, trackers=[progress])
     finally:
         progress.finish()  # an error must not leave the terminal without its cursor
-    _show_run(result.summary, output)
+    show_run(result.summary, output)
     return {"completed": OK, "stopped": INTERRUPTED}.get(result.status, FAILED)
 
 
@@ -174,7 +174,8 @@ def _configuration(method: str, given: dict[str, Any]) -> dict[str, Any]:
     return {**base, **given, **dataset}
 
 
-def _show_run(summary: dict[str, Any], output: Path) -> None:
+def show_run(summary: dict[str, Any], output: Path) -> None:
+    """Print what a run gave and cost, and on standard error what to mind."""
     rows = {}
     if summary["epsilon"] is None:
         rows["ε"] = "∞ (no privacy)"

@@ -43,15 +43,26 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def run_dpsgd(
-    run: DPSGDRun, *, output: str | os.PathLike[str] | None = None, trackers: Sequence[Tracker] = ()
+    run: DPSGDRun,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    trackers: Sequence[Tracker] = (),
+    data: LabeledData | None = None,
 ) -> TrainingResult:
     """Train as a complete configuration says: load its data, build its model, and `train_dpsgd`.
+
+    Args:
+        run: The configuration.
+        output: As for `train_dpsgd`.
+        trackers: As for `train_dpsgd`.
+        data: Train on this in place of what the configuration names, such as a part of it.
 
     Raises:
         UserError: for a mistake in the configuration, the data or the output folder.
         BudgetExceeded, UnreachableBudget: if the budget cannot be met.
     """
-    data = load(run.dataset, classes=run.classes, image_size=run.size)
+    if data is None:
+        data = load(run.dataset, classes=run.classes, image_size=run.size)
     run = replace(run, model=_model_name(run, data))
     # The weights' seed must not touch the caller's random state.
     with torch.random.fork_rng(devices=[]):

@@ -16,8 +16,33 @@ from docstring_parser import parse_from_object
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+class CommaSeparated(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
+    """Values of one type, separated by commas: `0.1,0.3,1` becomes a tuple."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = click.types.convert_type(kind)
+        choices = getattr(self.kind, "choices", None)
+        self.name = self.kind.name if choices is None else "|".join(choices)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002
+        """What the help shows in place of the values."""
+        return f"{self.name if '|' in self.name else self.name.upper()},…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """The values, each as its type converts it."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(self.kind.convert(part.strip(), param, ctx) for part in value.split(","))
+
+
 def options_from(
-    config: type, *, only: tuple[str, ...] | None = None, required: tuple[str, ...] = ()
+    config: type,
+    *,
+    only: tuple[str, ...] | None = None,
+    required: tuple[str, ...] = (),
+    lists: tuple[str, ...] = (),
 ) -> Callable[[Command], Command]:
     """Decorate a click command with an option for each field of a dataclass.
 
@@ -27,6 +52,7 @@ def options_from(
         config: The dataclass.
         only: The fields to offer; all by default.
         required: The fields that must be typed.
+        lists: The fields that take several values, separated by commas; what is typed is then a tuple.
     """
     hints = get_type_hints(config)
     helps = _field_docs(config)
@@ -34,7 +60,8 @@ def options_from(
     def decorate(command: Command) -> Command:
         for item in reversed(fields(config)):
             if only is None or item.name in only:
-                command = _option(item, hints[item.name], helps.get(item.name, ""), required)(command)
+                text = helps.get(item.name, "")
+                command = _option(item, hints[item.name], text, required, lists)(command)
         return command
 
     return decorate
@@ -46,13 +73,14 @@ def typed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _option(
-    item: Field[Any], hint: Any, text: str, required: tuple[str, ...]
+    item: Field[Any], hint: Any, text: str, required: tuple[str, ...], lists: tuple[str, ...]
 ) -> Callable[[Command], Command]:
     flag = f"--{item.name.replace('_', '-')}"
     kind = _without_none(hint)
     if kind is bool:
         return click.option(flag, item.name, is_flag=True, default=None, help=text)
     choice: Any = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
+    choice = CommaSeparated(choice) if item.name in lists else choice
     # No default, not even None: to click, that would be a value for an option that must be typed.
     return click.option(flag, item.name, type=choice, required=item.name in required, help=text)
 

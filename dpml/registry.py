@@ -7,6 +7,7 @@ One that takes `epsilon` too returns what is best at that ε. `@card(...)` says 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +57,20 @@ def card(*, reaches: str, cost: str, source: str) -> Callable[[_AnyRecipe], _Any
 def recipe_entries() -> dict[str, EntryPoint]:
     """All registered recipes by name."""
     return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name)}
+
+
+def recipe_entry(name: str) -> EntryPoint:
+    """The recipe of this name.
+
+    Raises:
+        UserError: if there is none; the message names a close one.
+    """
+    entries = recipe_entries()
+    if name not in entries:
+        close = difflib.get_close_matches(name, entries, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(f"There is no recipe {name!r}; {hint}'dpml recipes' lists all.")
+    return entries[name]
 
 
 def load_recipe(entry: EntryPoint) -> Recipe:

@@ -51,6 +51,20 @@ def load_inputs(path: str | Path, array: str) -> Tensor:
     return examples
 
 
+def load_labelled(path: str | Path, *, classes: int) -> LabeledData:
+    """Load the arrays `x` and `y` of an `.npz` file, labelled examples; see `from_arrays`.
+
+    Returns:
+        The examples as test split, and as training split too.
+
+    Raises:
+        UserError: The file is no `.npz` file, or damaged; an array is missing or of a wrong form.
+    """
+    found = _arrays(Path(path), str(path), ("x", "y"))
+    x, y = found["x"], found["y"]
+    return from_arrays(str(path), x_train=x, y_train=y, x_test=x, y_test=y, classes=classes)
+
+
 def _arrays(path: Path, name: str, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """The arrays of an `.npz` file by name."""
     words = ", ".join(wanted)

@@ -33,6 +33,7 @@ from accounting import (
     Method,
     NeighboringRelation,
     NonPrivate,
+    OneOf,
     PoissonSampled,
     PrivacyAccountant,
     RandomizedResponse,
@@ -93,6 +94,7 @@ INSTANCES: dict[str, Event] = {
     "Repeated": Repeated(STEP, 3),
     "Composed": Composed([STEP, Laplace(9.0), Gaussian(9.0), EpsilonDelta(0.1)]),
     "nothing": Composed([]),
+    "OneOf": OneOf([STEP, Gaussian(9.0)]),
 }
 
 # What has no proof, and must say so. Relations first, then methods.
@@ -104,6 +106,7 @@ UNSUPPORTED: dict[type[Event], set[str]] = {
     ZCDP: {"pld"},
     SmoothRelease: {"pld"},
     BestOfRuns: {"pld"},
+    OneOf: {"pld"},
 }
 
 
