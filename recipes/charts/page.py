@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+from matplotlib.colors import to_hex
 from plotly.offline import get_plotlyjs
 
 from recipes.charts.plans import Plan
 from recipes.charts.published import Published, published_results
 from recipes.charts.study import METHODS, Cell, Line, Study, name_of, pareto, small
-from recipes.charts.style import COLOURS, GRID, INK, MUTED, PLOTLY_MARKS, AccuracyAxis
+from recipes.charts.style import COLOURS, GRID, INK, MUTED, PLOTLY_MARKS, SCALE, AccuracyAxis, log_ticks
 
 _CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+_COLOURSCALE = [to_hex(colour) for colour in SCALE(range(0, 256, 15))]
 _PLAN_DASHES = {"pate": "dash"}
 _DASHES = ("dash", "dot", "dashdot", "longdash")
 _GUIDE = """
@@ -43,7 +45,7 @@ h3 {{ font-size: 1rem; margin: 1.6rem 0 0; }}
 table {{ border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100%; }}
 th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid {GRID}; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
-td.words {{ text-align: left; white-space: normal; }}
+.words td, .words th {{ text-align: left; }}
 th {{ font-weight: 600; background: #f6f8fa; }}
 """
 
@@ -155,7 +157,8 @@ def _accuracy_figure(study: Study, others: Sequence[Published], axis: AccuracyAx
             text=[_cited(other) for other in others],
             hovertemplate="%{text}<extra></extra>",
         )
-    return _dressed(figure, f"{study.guarantee_in_words} (log scale)", axis)
+    epsilons = [*(cell.epsilon for cell in study.cells), *(other.epsilon for other in others)]
+    return _dressed(figure, f"{study.guarantee_in_words} (log scale)", epsilons, axis)
 
 
 def _speed_figure(study: Study, axis: AccuracyAxis) -> go.Figure:
@@ -182,7 +185,8 @@ def _speed_figure(study: Study, axis: AccuracyAxis) -> go.Figure:
                 **_hover(Line(_ceiling(cell), cell.method, (cell,))),
             )
     figure.update_layout(coloraxis=_colour_axis([cell.epsilon for cell in study.cells if cell.seconds], "ε"))
-    return _dressed(figure, "training seconds (log scale; less is faster)", axis)
+    seconds = [cell.mean_seconds for cell in (*study.cells, *study.ceilings)]
+    return _dressed(figure, "training seconds (log scale; less is faster)", seconds, axis)
 
 
 def _pareto_figure(study: Study, axis: AccuracyAxis) -> go.Figure:
@@ -204,13 +208,15 @@ def _pareto_figure(study: Study, axis: AccuracyAxis) -> go.Figure:
             )
     seconds = [cell.mean_seconds for cell in study.cells if cell.seconds]
     figure.update_layout(coloraxis=_colour_axis(seconds, "seconds"))
-    return _dressed(figure, f"{study.guarantee_in_words} (log scale)", axis)
+    epsilons = [cell.epsilon for cell in study.cells if cell.seconds]
+    return _dressed(figure, f"{study.guarantee_in_words} (log scale)", epsilons, axis)
 
 
 def _steps_figure(plans: Sequence[Plan]) -> go.Figure:
-    figure = go.Figure()
+    figure, ends = go.Figure(), []
     for index, plan in enumerate(plans):
         steps, lowers, uppers = plan.curve()
+        ends += [max(uppers[0], 1e-3), max(uppers[-1], 1e-3)]
         figure.add_scatter(
             x=steps,
             y=uppers,
@@ -226,14 +232,14 @@ def _steps_figure(plans: Sequence[Plan]) -> go.Figure:
         )
     figure.update_layout(**_layout())
     units = " or ".join(sorted({plan.unit for plan in plans}, reverse=True))
-    figure.update_xaxes(type="log", title=f"{units} (log scale)", **_AXIS)
-    figure.update_yaxes(type="log", title="ε at each plan's δ (log scale)", **_AXIS)
+    figure.update_xaxes(title=f"{units} (log scale)", **_log_axis([1, *(plan.count for plan in plans)]))
+    figure.update_yaxes(title="ε at each plan's δ (log scale)", **_log_axis(ends))
     return figure
 
 
 # ---------------------------------------------------------------- parts
 
-_AXIS: dict[str, Any] = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "dtick": None}
+_AXIS: dict[str, Any] = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED}
 
 
 def _layout() -> dict[str, Any]:
@@ -247,16 +253,24 @@ def _layout() -> dict[str, Any]:
     }
 
 
-def _dressed(figure: go.Figure, below: str, axis: AccuracyAxis) -> go.Figure:
+def _dressed(figure: go.Figure, below: str, values: Sequence[float | None], axis: AccuracyAxis) -> go.Figure:
     figure.update_layout(**_layout())
-    figure.update_xaxes(type="log", title=below, minor={"ticks": ""}, **_AXIS)
+    figure.update_xaxes(title=below, **_log_axis(values))
+    ends = [axis.value(axis.low), axis.value(axis.high)]
     if axis.as_error:
-        ticks = axis.ticks
-        figure.update_yaxes(type="log", autorange="reversed", tickvals=ticks, **_AXIS)
-        figure.update_yaxes(ticktext=[f"{100 * tick:.3g} %" for tick in ticks], title=axis.label)
+        words = [f"{100 * tick:.3g} %" for tick in axis.ticks]
+        figure.update_yaxes(type="log", range=[math.log10(end) for end in ends], tickvals=axis.ticks)
+        figure.update_yaxes(ticktext=words, title=axis.label, **_AXIS)
     else:
-        figure.update_yaxes(range=[axis.low, axis.high], tickformat=".0%", title=axis.label, **_AXIS)
+        figure.update_yaxes(range=ends, tickformat=".3~p", title=axis.label, **_AXIS)
     return figure
+
+
+def _log_axis(values: Sequence[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value]
+    ticks = log_ticks(known)
+    ends = [math.log10(min(known) / 1.3), math.log10(max(known) * 1.4)]
+    return {"type": "log", "range": ends, "tickvals": list(ticks), "ticktext": list(ticks.values()), **_AXIS}
 
 
 def _hover(line: Line) -> dict[str, Any]:
@@ -277,7 +291,7 @@ def _told(label: str, cell: Cell) -> str:
     seeds = ", ".join(str(seed) for seed in cell.seeds if seed is not None)
     rows.append(f"{len(cell.runs)} {'run' if len(cell.runs) == 1 else 'runs'} (seeds {seeds or 'unknown'})")
     if cell.mean_seconds is not None:
-        rows.append(f"{cell.mean_seconds:.3g} s a run")
+        rows.append(f"{_seconds(cell)} s a run")
     names = [escape(name if len(name) < 60 else f"…{name[-58:]}") for name in cell.runs]
     return "<br>".join([*rows, *names[:5], *(["…"] if len(names) > 5 else [])])
 
@@ -294,7 +308,7 @@ def _ceiling(cell: Cell) -> str:
 def _cited(other: Published) -> str:
     rows = [
         f"<b>{escape(other.citation)}</b>: {escape(other.method)}",
-        f"{other.accuracy:.1%} at ε = {other.epsilon:g}, δ = {small(other.delta)}",
+        f"{100 * other.accuracy:.1f} % at ε = {other.epsilon:g}, δ = {small(other.delta)}",
     ]
     return "<br>".join([*rows, *([escape(other.note)] if other.note else [])])
 
@@ -315,10 +329,10 @@ def _coloured(index: int, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _colour_axis(values: Sequence[float | None], title: str) -> dict[str, Any]:
-    known = sorted({f"{value:.2g}" for value in values if value}, key=float)
-    shown = known[:: max(1, len(known) // 6)]
-    ticks = {"tickvals": [_log10(float(value)) for value in shown], "ticktext": shown}
-    return {"colorscale": "Cividis", "colorbar": {"title": f"{title} (log)", "thickness": 14, **ticks}}
+    known = [value for value in values if value]
+    ticks = log_ticks(known) if known else {}
+    places = {"tickvals": [_log10(tick) for tick in ticks], "ticktext": list(ticks.values())}
+    return {"colorscale": _COLOURSCALE, "colorbar": {"title": f"{title} (log)", "thickness": 14, **places}}
 
 
 def _log10(value: float | None) -> float | None:
@@ -342,7 +356,7 @@ def _cell_table(study: Study) -> str:
                 _figure(cell.steps, ",.0f"),
                 _accuracy(cell),
                 str(len(cell.runs)),
-                _figure(cell.mean_seconds, ".3g"),
+                _seconds(cell),
             ]
         )
     return _table(heads, body)
@@ -356,19 +370,25 @@ def _published_table(others: Sequence[Published]) -> str:
             escape(other.method),
             f"{other.epsilon:g}",
             small(other.delta),
-            f"{other.accuracy:.1%}",
+            f"{100 * other.accuracy:.1f} %",
             escape(other.note),
         ]
         for other in others
     ]
-    return _table(heads, rows)
+    return _table(heads, rows, "words")
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "\n".join(f"<tr>{''.join(f'<td>{entry}</td>' for entry in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="{kind}">{table}</table></div>'
 
 
 def _figure(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _seconds(cell: Cell) -> str:
+    seconds = cell.mean_seconds
+    return "" if seconds is None else f"{seconds:.3g}" if seconds < 100 else f"{seconds:,.0f}"

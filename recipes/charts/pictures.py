@@ -180,8 +180,8 @@ def steps_chart(plans: Iterable[Plan], dataset: str) -> Figure:
         axes.plot(steps[-1:], uppers[-1:], MARKS[index % len(MARKS)], color=colour, markersize=6)
         widest = max(widest, *((u - low) / u for low, u in zip(lowers, uppers, strict=True) if u > 0))
         ends += [uppers[0], uppers[-1]]
-    log_axis(axes.xaxis, [1, *(plan.count for plan in shown)], most=7)
-    log_axis(axes.yaxis, [max(end, 1e-3) for end in ends], most=7)
+    log_axis(axes.xaxis, [1, *(plan.count for plan in shown)])
+    log_axis(axes.yaxis, [max(end, 1e-3) for end in ends])
     units = " or ".join(sorted({plan.unit for plan in shown}, reverse=True))
     axes.set_xlabel(f"{units} (log scale)", color=INK)
     delta, relation = shown[0].delta, shown[0].relation
@@ -294,7 +294,7 @@ def _draw_published(axes: Any, others: Sequence[Published], axis: AccuracyAxis) 
     for number, other in enumerate(others, 1):
         mark = "X" if other.data_dependent else "*"
         look = {"color": "white", "markeredgecolor": INK, "markersize": 11 if mark == "*" else 8}
-        axes.plot(other.epsilon, axis.value(other.accuracy), mark, gid="published", zorder=4, **look)
+        axes.plot(other.epsilon, axis.value(other.accuracy), mark, gid="published", zorder=2.8, **look)
         left = any(0 < other.epsilon / near.epsilon - 1 < 0.12 for near in others[number:]) or any(
             near.epsilon == other.epsilon for near in others[number:]
         )

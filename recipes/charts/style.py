@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e7eb"
@@ -28,7 +30,8 @@ PLOTLY_MARKS = (
     "triangle-left",
     "triangle-right",
 )
-SCALE = "cividis"  # even in lightness, and the same to colour-blind readers
+# Even in lightness, and the same to colour-blind readers; without its end, which is too pale on white.
+SCALE = ListedColormap(mpl.colormaps["cividis"](np.linspace(0, 0.86, 256)), "cividis, without its end")
 _NEAR_TOP = 0.9
 _SHORTEST = 0.02
 
@@ -99,7 +102,7 @@ class AccuracyAxis:
             axes.set_yticks(self.ticks, [f"{tick:.3g} %" for tick in (100 * t for t in self.ticks)])
             axes.minorticks_off()
         else:
-            axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(xmax=1, decimals=None, symbol=" %"))
+            axes.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
         axes.set_ylim(self.value(self.low), self.value(self.high))
 
 
@@ -116,8 +119,8 @@ def new_figure(title: str, *, height: float = 5.0) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def log_axis(axis: Any, values: Sequence[float], *, most: int = 8) -> None:
-    """A log axis, with ticks at the values if they are few and apart, else at round numbers."""
+def log_ticks(values: Sequence[float], *, most: int = 8) -> dict[float, str]:
+    """Ticks of a log axis and their words: the values if they are few and apart, else round numbers."""
     low, high = min(values), max(values)
     ticks: list[float] = []
     for value in sorted(set(values)):
@@ -128,12 +131,18 @@ def log_axis(axis: Any, values: Sequence[float], *, most: int = 8) -> None:
         ticks = [d * 10.0**p for p in powers for d in (1, 2, 5) if low / 1.3 <= d * 10.0**p <= high * 1.3]
         if len(ticks) > most:
             ticks = [10.0**p for p in powers if low / 1.3 <= 10.0**p <= high * 1.3]
+    return {tick: f"{tick:.2g}" if tick < 100 else f"{tick:,.0f}" for tick in ticks or [low]}
+
+
+def log_axis(axis: Any, values: Sequence[float]) -> None:
+    """A matplotlib log axis with `log_ticks`."""
+    ticks = log_ticks(values)
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_ticks(ticks, [f"{tick:.2g}" if tick < 100 else f"{tick:,.0f}" for tick in ticks])
+    axis.set_ticks(list(ticks), list(ticks.values()))
     axis.set_minor_locator(mpl.ticker.NullLocator())
 
 
-def footnote(figure: Figure, parts: Iterable[str], *, width: int = 124) -> None:
+def footnote(figure: Figure, parts: Iterable[str], *, width: int = 142) -> None:
     """Small words below the chart. Each part is a sentence; empty ones are left out."""
     text = " ".join(f"{part[0].upper()}{part[1:]}." for part in parts if part)
     lines = textwrap.fill(text, width)
