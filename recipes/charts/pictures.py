@@ -90,6 +90,7 @@ def speed_chart(study: Study, *, speed: Speed = "seconds", scale: Scale = "auto"
                 edgecolors=INK,
                 linewidths=0.7,
                 label=line.label,
+                gid="cells",
             )
     _scatter_ceilings(axes, study, axis, speed)
     if points is not None:

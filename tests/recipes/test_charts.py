@@ -50,9 +50,8 @@ def one_study(*rows: dict[str, Any]) -> Study:
 
 
 def several() -> Study:
-    rows = [
-        run(n, epsilon=e, test_accuracy=a) for n, (e, a) in enumerate([(1.0, 0.7), (1.0, 0.8), (3.0, 0.9)])
-    ]
+    points = [(1.0, 0.7), (1.0, 0.8), (3.0, 0.9)]
+    rows = [run(n, epsilon=e, test_accuracy=a) for n, (e, a) in enumerate(points)]
     rows += [run(3, method="pate", recipe="pate-mnist", epsilon=2.0, test_accuracy=0.85, train_seconds=99.0)]
     ceiling = {"private": False, "epsilon": None, "delta": None, "noise_multiplier": None}
     rows += [run(4 + n, test_accuracy=a, **ceiling) for n, a in enumerate([0.94, 0.96])]
@@ -175,14 +174,10 @@ def test_every_axis_holds_its_points(accuracies: tuple[float, ...], scale: str) 
 def test_speed_is_drawn_against_accuracy_in_either_unit() -> None:
     study = several()
     seconds, examples = speed_chart(study), speed_chart(study, speed="examples")
-    offsets = seconds.axes[0].collections
-    points = {
-        tuple(p)
-        for c in offsets
-        if len(c.get_offsets()) and c.get_array() is not None
-        for p in c.get_offsets()
-    }
-    assert any(x == pytest.approx(99.0) and y == pytest.approx(0.85) for x, y in points)
+    coloured = [c for c in seconds.axes[0].collections if c.get_gid() == "cells"]
+    points = [tuple(point) for marks in coloured for point in marks.get_offsets()]
+    assert points == [pytest.approx(p) for p in ((10.0005, 0.75), (10.002, 0.9), (99.0, 0.85))]
+    assert [epsilon for marks in coloured for epsilon in marks.get_array()] == [1.0, 3.0, 2.0]
     assert "per second" in examples.axes[0].get_xlabel()
 
 
