@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ from dpml.registry import Run
 from dpml.tracking import ProgressLine
 
 
-def run_or_reuse(run: Run, folder: Path, *, label: str) -> dict[str, Any]:
+def run_or_reuse(run: Run, folder: Path, *, label: str | None) -> dict[str, Any]:
     """Return the summary of `run`, from `folder` if it holds a completed run of the same configuration.
 
     A folder with an unfinished or different run of ours is replaced; anything else is left alone and refused.
+    Progress is shown under `label`, or not at all.
     """
     summary = read_summary(folder)
     if summary is not None and summary["status"] == "completed" and summary["config"] == _plain(run):
         return summary
     if (folder / "privacy_events.json").exists():
         shutil.rmtree(folder)
-    trackers = [ProgressLine(label)]
+    trackers = [] if label is None else [ProgressLine(label)]
     if isinstance(run, PATERun):
         result = run_pate(run, output=folder, trackers=trackers)
     else:
@@ -45,9 +46,9 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return data
 
 
-def by_noise(summaries: Iterable[dict[str, Any]]) -> dict[float | None, list[dict[str, Any]]]:
+def by_noise(summaries: Iterable[Mapping[str, Any]]) -> dict[float | None, list[Mapping[str, Any]]]:
     """Group summaries by noise multiplier, most noise first, the non-private ones (None) last."""
-    groups: dict[float | None, list[dict[str, Any]]] = {}
+    groups: dict[float | None, list[Mapping[str, Any]]] = {}
     for summary in summaries:
         groups.setdefault(summary["noise_multiplier"], []).append(summary)
     return dict(sorted(groups.items(), key=lambda item: -(item[0] or -1.0)))
