@@ -270,6 +270,15 @@ class Reservation:
         self._open = True
 
     @property
+    def kinds(self) -> tuple[Event, ...]:
+        """The events of which the plan has parts."""
+        return tuple(self._planned)
+
+    def committed_of(self, event: Event) -> int:
+        """How many parts of this kind were committed; 0 for a kind that the plan does not have."""
+        return self._committed.get(event, 0)
+
+    @property
     def committed(self) -> int:
         """How many parts were committed, of all kinds."""
         return sum(self._committed.values())

@@ -106,6 +106,7 @@ class PrivacyFacts(GuaranteeFacts):
         planned_steps: Steps that were reserved.
         steps: Steps that were released.
         clip_quantile: The quantile that the clip norm followed by noisy counts; None if it was fixed.
+        mean_noise: Noise multiplier of the release of the inputs' mean; None if there was none.
         selection: How the model was chosen, if it is the best of several.
     """
 
@@ -116,6 +117,7 @@ class PrivacyFacts(GuaranteeFacts):
     planned_steps: int
     steps: int
     clip_quantile: float | None = None
+    mean_noise: float | None = None
     selection: SelectionFacts | None = None
 
 
@@ -195,10 +197,20 @@ def _dpsgd(f: PrivacyFacts) -> _Words:
             if f.relation == "add-or-remove-one"
             else ""
         )
+    mean, mean_too = [], ""
+    if f.mean_noise is not None:
+        mean_too = ", and the mean of the inputs"
+        mean.append(
+            (
+                "before the first step",
+                "Gaussian noise on the sum of all inputs, each scaled to norm 1: noise multiplier "
+                f"{f.mean_noise:g}",
+            )
+        )
     words = _Words(
         subject=f"The model trained on `{f.dataset}` by {f.method}",
         seen="the model, and every model on the way to it,",
-        covered=f"the weights{norms} after every step",
+        covered=f"the weights{norms} after every step{mean_too}",
         not_covered=rounding,
         logs="loss, gradient norms and the share of clipped gradients. They are computed from private records",
         progress=f"{f.steps:,} of {f.planned_steps:,} steps",
@@ -211,6 +223,7 @@ def _dpsgd(f: PrivacyFacts) -> _Words:
             ),
             ("steps planned, released", f"{f.planned_steps:,}, {f.steps:,}"),
             ("slack of the clipping, charged", f"{f.sensitivity_slack:g}"),
+            *mean,
         ],
     )
     return words if f.selection is None else _selected(words, f.selection, f.epsilon)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from accounting import (
+    Composed,
     Event,
     NonPrivate,
     PrivacyAccountant,
@@ -23,11 +24,13 @@ from dpml import models
 from dpml.adaptive import AdaptiveClipping
 from dpml.augmentation import AUGMENTATIONS, Augment, require_independent_rows
 from dpml.averaging import WeightAverage
+from dpml.centring import Centred, NoisyMean
 from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.data import LabeledData, load
 from dpml.data.batches import Examples
 from dpml.data.samplers import PoissonSampler
 from dpml.device import choose_device
+from dpml.features import features_of
 from dpml.gradients import BookKeepingEngine, Clipping, Engine, Loss, cross_entropy
 from dpml.gradients.engine import plain_sum, trainable_parameters
 from dpml.gradients.models import make_trainable, require_example_losses, require_trainable
@@ -64,15 +67,18 @@ def run_dpsgd(
     if data is None:
         data = load(run.dataset, classes=run.classes, image_size=run.size)
     run = replace(run, model=_model_name(run, data))
+    x_train, x_test = data.x_train, data.x_test
+    if run.features != "none":
+        x_train, x_test = features_of(run.features, data, cached=not run.no_cache)
     # The weights' seed must not touch the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = models.build(run.model, data.example_shape, data.classes)
+        model = models.build(run.model, tuple(x_train.shape[1:]), data.classes)
     return train_dpsgd(
         model,
-        TensorDataset(data.x_train, data.y_train),
+        TensorDataset(x_train, data.y_train),
         run,
-        test_set=TensorDataset(data.x_test, data.y_test),
+        test_set=TensorDataset(x_test, data.y_test),
         output=output,
         trackers=trackers,
         name=data.name,
@@ -104,7 +110,8 @@ def train_dpsgd(
 
     Args:
         model: Trained in place; it ends with the averaged weights if the configuration asks for them. Its
-            layers must treat the examples of a batch independently.
+            layers must treat the examples of a batch independently. With `mean_noise` it gets centred
+            vectors [m, size], and the result's model is the centring followed by this one.
         train_set: The private records: a map-style data set of (input, target) pairs.
         config: How to train.
         test_set: Public records for accuracy; (input, class) pairs.
@@ -136,6 +143,10 @@ def train_dpsgd(
         neighboring_relation=config.neighboring_relation,
     )
     inputs, targets = examples.probe()
+    if chosen is not None and config.mean_noise is not None:
+        raise UserError(
+            "The mean of augmented inputs is not released; leave out mean_noise or the augmentation."
+        )
     if chosen is not None:
         inputs = require_independent_rows(chosen, inputs)
     elif config.views > 1:
@@ -144,7 +155,9 @@ def train_dpsgd(
             "choose one (flip-crop), or 1 view."
         )
     engine = BookKeepingEngine()
-    model = (make_trainable(model) if fix_model else model).to(device).train()
+    model = make_trainable(model) if fix_model else model
+    centred = None if config.mean_noise is None else Centred(_input_size(inputs))
+    model = (model if centred is None else nn.Sequential(centred, model)).to(device).train()
     if not config.non_private:
         require_trainable(model, inputs, engine)
         require_example_losses(model, loss, inputs, targets)
@@ -165,7 +178,10 @@ def train_dpsgd(
 
     sampler = PoissonSampler(len(examples), sampling.sampling_probability, _random(config, "sampling"))
     mechanism = None if config.non_private else _mechanism(config, sampling, sampler, engine)
+    mean = None if centred is None else _mean(config, sampling)
     plan: Event = NonPrivate() if mechanism is None else mechanism.plan(sampling.steps)
+    if mechanism is not None and mean is not None:
+        plan = Composed([mean.event, plan])
     accountant = accountant_for(config, sampling.neighboring_relation, accountant)
     settings = asdict(config) | ({} if augment is None else {"augment": "a function"})
     report = Report(config, settings, sampling, mechanism, plan, folder, trackers, test_set)
@@ -175,8 +191,11 @@ def train_dpsgd(
     layers = _random(config, "layers")
     devices = [device] if device.type == "cuda" else []
     with accountant.reserve(plan) as reservation, torch.random.fork_rng(devices=devices):
-        report.start(reservation)
+        report.start()
         try:
+            if centred is not None and mean is not None:
+                with report.training:
+                    centred.mean.copy_(mean.release(mean.total(examples.inputs()), reservation))
             for step in range(1, sampling.steps + 1):
                 with report.training:
                     # Dropout's masks and augmentations go by place in a batch: with known ones, a record
@@ -216,7 +235,9 @@ def _mechanism(
     if noise_multiplier is None:
         assert config.budget is not None  # noqa: S101 - the configuration has checked it
         noise_multiplier = calibrate_noise_multiplier(
-            lambda noise: sampling.event(noise, engine.slack, adaptive_clip=adaptive),
+            lambda noise: sampling.event(
+                noise, engine.slack, adaptive_clip=adaptive, mean_noise=config.mean_noise
+            ),
             config.budget,
             method=config.accountant,
             neighboring_relation=sampling.neighboring_relation,
@@ -230,9 +251,25 @@ def _mechanism(
     return SampledGaussianMechanism(sampler, clipping, noise, engine)
 
 
+def _mean(config: DPSGDConfig, sampling: SamplingPlan) -> NoisyMean:
+    """The release of the inputs' mean. Its divisor is the number of records where that is public."""
+    noise = None
+    if not config.non_private and config.mean_noise is not None:
+        noise = GaussianNoise(config.mean_noise, _random(config, "mean"))
+    return NoisyMean(noise, sampling.expected_batch_size / sampling.sampling_probability)
+
+
+def _input_size(inputs: Any) -> int:
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        raise UserError("Only inputs that are one tensor of real numbers have a mean; leave out mean_noise.")
+    return inputs[0].numel()
+
+
 def _model_name(run: DPSGDRun, data: LabeledData) -> str:
     if run.model != "auto":
         return run.model
+    if run.features != "none":
+        return "linear"
     is_image = len(data.example_shape) == 3 and min(data.example_shape[1:]) >= 4
     return "cnn" if is_image else "mlp"
 

@@ -71,13 +71,13 @@ class SampledGaussianMechanism:
             ReservationError: if the reservation does not allow another step; no noise is drawn then.
             UserError: if the reservation is for something else, or the clip norm has adapted since.
         """
-        if reservation.step != self.event:
+        if self.event not in reservation.kinds:
             raise UserError(
                 f"The reservation is for {reservation.step}, but this mechanism runs {self.event}; "
                 "reserve mechanism.plan(steps)."
             )
         count = self.clipping.count(clipped) if isinstance(self.clipping, AdaptiveClipping) else 0.0
-        reservation.commit(1)
+        reservation.commit(1, self.event)
         noisy = self.noise.add(clipped.gradients, self.clipping.norm)
         if isinstance(self.clipping, AdaptiveClipping):
             self.clipping.update(count, self.noise.randomness)

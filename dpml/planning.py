@@ -141,10 +141,10 @@ class SamplingPlan:
             raise UserError(f"{epochs:g} epochs make no step of {batch_size} examples; give more epochs.")
         return cls(q, steps, batch_size, relation, n_is_public)
 
-    def event(
+    def step_event(
         self, noise_multiplier: float, slack: float = ENGINE_SLACK, *, adaptive_clip: bool = False
-    ) -> Repeated:
-        """The event of the whole run with this noise on the gradients.
+    ) -> PoissonSampled:
+        """The event of one step with this noise on the gradients.
 
         With an adaptive clip norm each sample is released twice, as noisy gradients and as a noisy count.
         """
@@ -152,4 +152,19 @@ class SamplingPlan:
         if adaptive_clip:
             count = count_event(count_noise(noise_multiplier, self.expected_batch_size))
             release = Composed([release, count])
-        return Repeated(PoissonSampled(release, self.sampling_probability), self.steps)
+        return PoissonSampled(release, self.sampling_probability)
+
+    def event(
+        self,
+        noise_multiplier: float,
+        slack: float = ENGINE_SLACK,
+        *,
+        adaptive_clip: bool = False,
+        mean_noise: float | None = None,
+    ) -> Event:
+        """The event of the whole run: all steps as `step_event`.
+
+        With `mean_noise` the mean of the inputs is released before the first step (`dpml.centring`).
+        """
+        steps = Repeated(self.step_event(noise_multiplier, slack, adaptive_clip=adaptive_clip), self.steps)
+        return steps if mean_noise is None else Composed([gaussian_event(mean_noise), steps])

@@ -166,7 +166,7 @@ def _within(budget: PrivacyBudget, wanted: str, values: dict[str, Any]) -> tuple
         return calibrate_noise_multiplier(sampling.event, budget, **options), sampling, method
     noise = check_number(noise, "noise_multiplier", "a run", low=0, high=1e7)
     if wanted == "epochs":
-        step = sampling.event(noise).event
+        step = sampling.step_event(noise)
 
         def steps_of(count: int) -> Event:
             return Repeated(step, count)

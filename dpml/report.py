@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accounting import Event, PrivacyAccountant, Repeated, Reservation
+from accounting import Composed, Event, PrivacyAccountant, Repeated
 from accounting.curve import epsilon_curve
+from accounting.pld import DEFAULT_TOLERANCE
 from accounting.statement import PrivacyFacts, Risk, statement
 from dpml.config import DPSGDConfig
+from dpml.data.batches import to_device
 from dpml.mechanism import SampledGaussianMechanism
 from dpml.outputs import SUMMARY_VERSION, RunFolder, events_record
 from dpml.planning import SamplingPlan
@@ -110,6 +112,7 @@ class Report:
         self.config, self.sampling, self.mechanism, self.plan = config, sampling, mechanism, plan
         self.folder, self.trackers, self.test_set = folder, trackers, test_set
         self.settings = settings
+        self.mean_event = plan.events[0] if isinstance(plan, Composed) else None  # see `SamplingPlan.event`
         self.training = Stopwatch()
         self.accuracy: float | None = None
         self.steps = 0
@@ -120,18 +123,12 @@ class Report:
         epoch = max(1, round(1 / sampling.sampling_probability))
         self._evaluate_every = max(epoch, math.ceil(sampling.steps / _EVALUATIONS))
 
-    def start(self, reservation: Reservation) -> None:
+    def start(self) -> None:
         """Write down the plan before the first release."""
         if self.mechanism is not None and self.config.delta is not None:
             self._plan_bounds = self._bounds(self.plan)
             points = sorted(self._log_steps)
-            bounds = epsilon_curve(
-                reservation.step,
-                points,
-                self.config.delta,
-                method=self.config.accountant,
-                neighboring_relation=self.sampling.neighboring_relation,
-            )
+            bounds = self._along(points)
             # The curve is made on a coarser lattice; no part of the plan costs more than the plan.
             ceiling = self._plan_bounds[1]
             self._curve = {
@@ -213,7 +210,7 @@ class Report:
             "sampler": "poisson",
             "sampling_probability": sampling.sampling_probability,
             "expected_batch_size": sampling.expected_batch_size,
-            "steps": self.steps if mechanism is None else _parts(committed),
+            "steps": self.steps if mechanism is None else _count(committed, mechanism.event),
             "planned_steps": sampling.steps,
             "test_accuracy": self.accuracy,
             "train_seconds": self.training.seconds,
@@ -236,15 +233,33 @@ class Report:
                 "noise_is_secret": _is_secret(mechanism),
                 "sensitivity_slack": mechanism.engine.slack,
             }
+        if config.mean_noise is not None:
+            given["mean_noise_multiplier"] = None if mechanism is None else config.mean_noise
         return summary_of(given)
 
-    def _bounds(self, event: Event) -> tuple[float, float]:
+    def _bounds(self, event: Event, tolerance: float = DEFAULT_TOLERANCE) -> tuple[float, float]:
         assert self.config.delta is not None  # noqa: S101 - private runs have one
         accountant = PrivacyAccountant(
-            self.config.accountant, neighboring_relation=self.sampling.neighboring_relation
+            self.config.accountant,
+            neighboring_relation=self.sampling.neighboring_relation,
+            tolerance=tolerance,
         )
         accountant.record(event)
         return accountant.epsilon_bounds(self.config.delta)
+
+    def _along(self, points: list[int]) -> list[tuple[float, float]]:
+        """Bounds on ε after each of these steps, to look at while the plan runs."""
+        assert self.mechanism is not None and self.config.delta is not None  # noqa: S101, PT018 - as above
+        if self.mean_event is not None:
+            steps = [Repeated(self.mechanism.event, k) for k in points]
+            return [self._bounds(Composed([self.mean_event, part]), tolerance=0.01) for part in steps]
+        return epsilon_curve(
+            self.mechanism.event,
+            points,
+            self.config.delta,
+            method=self.config.accountant,
+            neighboring_relation=self.sampling.neighboring_relation,
+        )
 
     def _statement(self, summary: dict[str, Any], test_set_is_public: bool) -> str:
         if self.mechanism is None:
@@ -262,6 +277,7 @@ class Report:
                 test_set_is_public=test_set_is_public,
                 not_private_logs=self.config.log_not_private,
                 clip_quantile=self.config.clip_quantile,
+                mean_noise=self.config.mean_noise,
                 **{key: summary[key] for key in copied.split()},
             )
         )
@@ -289,7 +305,7 @@ def accuracy(model: nn.Module, test_set: Any) -> float:
     )
     with torch.no_grad():
         for inputs, targets in chunks:
-            right += int((model(inputs.to(device)).argmax(dim=1).cpu() == targets).sum())
+            right += int((model(to_device(inputs, device)).argmax(dim=1).cpu() == targets).sum())
             total += len(targets)
     model.train(training)
     return right / max(1, total)
@@ -306,8 +322,9 @@ def _averages(diagnostics: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _parts(committed: Event) -> int:
-    return committed.count if isinstance(committed, Repeated) else 1
+def _count(committed: Event, step: Event) -> int:
+    parts = committed.events if isinstance(committed, Composed) else (committed,)
+    return sum(part.count for part in parts if isinstance(part, Repeated) and part.event == step)
 
 
 def _is_secret(mechanism: SampledGaussianMechanism) -> bool:

@@ -77,13 +77,18 @@ class Examples:
         for inputs, targets, count in self._read(chunks):
             mask = torch.zeros(self._size, dtype=torch.bool)
             mask[:count] = True
-            rows = self._viewed(_to(_pad(inputs, self._size), self._device))
+            rows = self._viewed(to_device(_pad(inputs, self._size), self._device))
             yield MicroBatch(
                 rows if self._augment is None else self._augment(rows),
-                self._viewed(_to(_pad(targets, self._size), self._device)),
+                self._viewed(to_device(_pad(targets, self._size), self._device)),
                 mask.to(self._device),
                 self._views,
             )
+
+    def inputs(self) -> Iterator[Tensor]:
+        """The inputs of all records, in parts, not augmented. Each must be one tensor."""
+        for inputs, _, _ in self._read(list(torch.split(torch.arange(len(self)), self._size))):
+            yield to_device(inputs, self._device)
 
     def _viewed(self, value: Any) -> Any:
         """Each record as many times as it has views, in a row."""
@@ -92,7 +97,7 @@ class Examples:
     def probe(self) -> tuple[Any, Any]:
         """One record as a batch, inputs and targets, for their shape and type alone. It is not augmented."""
         inputs, targets, _ = next(self._read([torch.zeros(1, dtype=torch.int64)], direct=True))
-        return _to(inputs, self._device), _to(targets, self._device)
+        return to_device(inputs, self._device), to_device(targets, self._device)
 
     def _read(self, chunks: list[Tensor], *, direct: bool = False) -> Iterator[tuple[Any, Any, int]]:
         if self._tensors is not None:
@@ -133,8 +138,9 @@ def _pad(value: Any, size: int) -> Any:
     raise UserError(f"Records must be made of tensors and numbers. Got {type(value).__name__}.")
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    return _map(value, lambda tensor: tensor.to(device))
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors on a device, ready to compute with: what is kept in 16 bits to save memory becomes float32."""
+    return _map(value, lambda t: t.to(device).float() if t.dtype == torch.float16 else t.to(device))
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -210,6 +210,7 @@ class _Kind:
 
     sampling: SamplingPlan
     adaptive_clip: bool
+    mean_noise: float | None
 
     @classmethod
     def of(cls, run: DPSGDRun, examples: int) -> _Kind:
@@ -220,8 +221,10 @@ class _Kind:
             sampling_probability=run.sampling_probability,
             neighboring_relation=run.neighboring_relation,
         )
-        return cls(sampling, run.clip_quantile is not None)
+        return cls(sampling, run.clip_quantile is not None, run.mean_noise)
 
     def event(self, noise_multiplier: float) -> Event:
         """The event of a whole training with this noise."""
-        return self.sampling.event(noise_multiplier, adaptive_clip=self.adaptive_clip)
+        return self.sampling.event(
+            noise_multiplier, adaptive_clip=self.adaptive_clip, mean_noise=self.mean_noise
+        )

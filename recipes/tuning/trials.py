@@ -120,7 +120,9 @@ def _rehearse(candidate: DPSGDRun, data: LabeledData) -> TrainingResult:
     """One step on two made-up records: a candidate that cannot be trained is refused before any trial."""
     inputs = torch.rand((2, *data.example_shape), generator=torch.Generator().manual_seed(0))
     made_up = replace(data, x_train=inputs, y_train=torch.tensor([0, 1]))
-    short = replace(candidate, epochs=1, batch_size=2, sampling_probability=None, neighboring_relation=None)
+    short = replace(
+        candidate, epochs=1, batch_size=2, sampling_probability=None, neighboring_relation=None, no_cache=True
+    )
     return run_dpsgd(short, data=made_up)
 
 

@@ -173,7 +173,7 @@ def test_a_failing_ledger_prevents_the_noise(draws, monkeypatch):
     accountant = PrivacyAccountant()
     with accountant.reserve(mechanism.plan(2)) as reservation:
 
-        def fail(_):
+        def fail(*_):
             raise OSError("no space left on device")
 
         monkeypatch.setattr(reservation, "commit", fail)
