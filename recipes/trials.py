@@ -9,9 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpml.dpsgd import run_dpsgd
 from dpml.pate.config import PATERun
-from dpml.pate.trainer import run_pate
 from dpml.registry import Run
 from dpml.tracking import ProgressLine
 
@@ -22,10 +20,14 @@ def run_or_reuse(run: Run, folder: Path, *, label: str) -> dict[str, Any]:
     A folder with an unfinished or different run of ours is replaced; anything else is left alone and refused.
     """
     summary = read_summary(folder)
-    if summary is not None and summary["status"] == "completed" and summary["config"] == _plain(run):
+    if summary is not None and summary["status"] == "completed" and _is_of(summary["config"], run):
         return summary
     if (folder / "privacy_events.json").exists():
         shutil.rmtree(folder)
+    # Imported here: a table of runs needs no torch.
+    from dpml.dpsgd import run_dpsgd
+    from dpml.pate.trainer import run_pate
+
     trackers = [ProgressLine(label)]
     if isinstance(run, PATERun):
         result = run_pate(run, output=folder, trackers=trackers)
@@ -53,6 +55,9 @@ def by_noise(summaries: Iterable[dict[str, Any]]) -> dict[float | None, list[dic
     return dict(sorted(groups.items(), key=lambda item: -(item[0] or -1.0)))
 
 
-def _plain(run: Run) -> dict[str, Any]:
+def _is_of(config: dict[str, Any], run: Run) -> bool:
+    """Whether this configuration from a summary is that of `run`."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(run)))
-    return plain
+    if plain.get("model") == "auto":  # which a summary replaces by what was chosen
+        plain["model"] = config.get("model")
+    return config == plain
