@@ -40,6 +40,52 @@ def options_from(
     return decorate
 
 
+def lists_from(*configs: type, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """Decorate a click command with an option for each field of some dataclasses, for values between commas.
+
+    Args:
+        configs: The dataclasses. A field that several of them have is one option.
+        without: The fields not to offer.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    for config in configs:
+        hints, helps = get_type_hints(config), _field_docs(config)
+        for item in fields(config):
+            if item.name not in without:
+                found.setdefault(item.name, (hints[item.name], helps.get(item.name, "")))
+
+    def decorate(command: Command) -> Command:
+        for name, (hint, text) in reversed(found.items()):
+            flag = f"--{name.replace('_', '-')}"
+            command = click.option(flag, name, type=_Values(hint), metavar="A,B,…", help=text)(command)
+        return command
+
+    return decorate
+
+
+class _Values(click.ParamType):
+    """Values of a field between commas; "none" is None where the field may be that."""
+
+    name = "values"
+
+    def __init__(self, hint: Any) -> None:
+        kind = _without_none(hint)
+        self._kind = click.types.convert_type(
+            click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
+        )
+        self._optional = kind is not hint
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """From "1,none" to (1, None)."""
+        words = [word.strip() for word in str(value).split(",")]
+        return tuple(
+            None if word == "none" and self._optional else self._kind.convert(word, param, ctx)
+            for word in words
+        )
+
+
 def typed(values: dict[str, Any]) -> dict[str, Any]:
     """Only what was typed."""
     return {name: value for name, value in values.items() if value is not None}
