@@ -107,8 +107,8 @@ def train() -> None:
 
 _RECIPE = click.option(
     "--recipe",
-    help="A recipe by name, see 'dpml recipes', instead of a data set's default. Any flag changes it. Its own ε "
-    "and δ hold if no wish for privacy is typed.",
+    help="A recipe by name (see 'dpml recipes') in place of a data set's default. Any flag changes it. Its "
+    "own ε and δ hold if no wish for privacy is typed.",
 )
 
 
@@ -191,7 +191,7 @@ def _configuration(method: str, name: str | None, given: dict[str, Any]) -> dict
     else:
         recipe = default_run(method, given["dataset"], private=private, epsilon=epsilon)
         base = {} if recipe is None else dict(vars(recipe))
-        # A recipe knows where its data is: for one from another package, the name typed is the recipe's alone.
+        # A recipe knows where its data is: for one of another package, the name typed is the recipe's alone.
         given = given | ({} if recipe is None else {"dataset": recipe.dataset})
     # The wish for privacy is the caller's alone: a recipe's own ε, δ, noise or queries never stand in for it.
     for wish in wishes:

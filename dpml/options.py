@@ -57,33 +57,25 @@ def lists_from(*configs: type, without: tuple[str, ...] = ()) -> Callable[[Comma
     def decorate(command: Command) -> Command:
         for name, (hint, text) in reversed(found.items()):
             flag = f"--{name.replace('_', '-')}"
-            command = click.option(flag, name, type=_Values(hint), metavar="A,B,…", help=text)(command)
+            command = click.option(flag, name, callback=_split_as(hint), metavar="A,B,…", help=text)(command)
         return command
 
     return decorate
 
 
-class _Values(click.ParamType):
-    """Values of a field between commas; "none" is None where the field may be that."""
+def _split_as(hint: Any) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """From "1,none" to (1, None); "none" is None where the field may be that."""
+    kind = _without_none(hint)
+    optional = kind is not hint
+    convert = click.types.convert_type(click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind)
 
-    name = "values"
+    def split(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
+        if value is None:
+            return None
+        words = [word.strip() for word in value.split(",")]
+        return tuple(None if optional and word == "none" else convert(word, param, ctx) for word in words)
 
-    def __init__(self, hint: Any) -> None:
-        kind = _without_none(hint)
-        self._kind = click.types.convert_type(
-            click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
-        )
-        self._optional = kind is not hint
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Any, ...]:
-        """From "1,none" to (1, None)."""
-        words = [word.strip() for word in str(value).split(",")]
-        return tuple(
-            None if word == "none" and self._optional else self._kind.convert(word, param, ctx)
-            for word in words
-        )
+    return split
 
 
 def typed(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ def abadi2016_mnist(private: bool = True, epsilon: float | None = None) -> DPSGD
     """The first DP-SGD: a small dense network on MNIST.
 
     Lots of 600, clip norm 4, about 100 epochs, learning rate 0.1. Three things differ. The paper has 1,000
-    ReLU units on 60 principal components, found with privacy; here it is `mlp`, two layers of 128 tanh units on
-    the pixels. Its learning rate falls from 0.1 to 0.052 in the first ten epochs; here it is constant. Its
+    ReLU units on 60 principal components, found with privacy; here it is `mlp`, two layers of 128 tanh units
+    on the pixels. Its learning rate falls from 0.1 to 0.052 in the first ten epochs; here it is constant. Its
     noise was accounted by moments; here it is calibrated by PLD, so that the same ε needs less of it.
     """
     base = DPSGDRun(
@@ -43,9 +43,9 @@ def abadi2016_mnist(private: bool = True, epsilon: float | None = None) -> DPSGD
 def de2022_cifar10(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
     """WRN-16-4 with group norm, large batches and 16 augmented views of each record, for a GPU.
 
-    Batch size 4096, clip norm 1, learning rate 2 without momentum, moving average 0.9999, mirrored and shifted
-    images, as in the authors' published code. There the noise is fixed for each ε and training stops where ε
-    is reached; here 200 epochs (2,441 steps) are fixed, and noise is calibrated for them.
+    Batch size 4096, clip norm 1, learning rate 2 without momentum, moving average 0.9999, mirrored and
+    shifted images, as in the authors' published code. There the noise is fixed for each ε and training stops
+    where ε is reached; here 200 epochs (2,441 steps) are fixed, and noise is calibrated for them.
     """
     base = DPSGDRun(
         dataset="cifar10",

@@ -3,7 +3,7 @@
 >>> from recipes.sweep import sweep
 >>> runs = sweep("dpsgd-digits", "runs/sweep", {"epsilon": [1, 3, 8]}, seeds=5)      # doctest: +SKIP
 
-`dpml sweep` is the same as a command. The folder holds `sweep.json` (the plan), `runs/` (ordinary run folders),
+`dpml sweep` is the same as a command. The folder holds `sweep.json` (the plan), `runs/` (run folders),
 `sweep.parquet` (a row for each run), `statement.md` (what all runs cost together) and `workers.log`.
 """
 
@@ -35,6 +35,7 @@ from recipes.sweep_plan import NO_AXES, Cell, Plan, group_of
 if TYPE_CHECKING:
     import polars as pl
 
+_WIDTH = 140
 _A_YEAR = 365 * 24 * 3600.0
 
 
@@ -47,7 +48,7 @@ def sweep(
     with_ceiling: bool = False,
     processes: int | None = None,
 ) -> pl.DataFrame:
-    """Run a recipe with every combination of settings and every seed; go on where an earlier call was cut short.
+    """Run a recipe with every combination of settings and every seed, or go on where a call was cut short.
 
     Args:
         recipe: A recipe's name, or a function that is one.
@@ -258,7 +259,7 @@ def command(
     --clip-norm 0.1,0.3. The runs are their product, with each seed.
     """
     runs = sweep(recipe, output, typed(axes), seeds=seeds, with_ceiling=with_ceiling, processes=processes)
-    Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(results_table(runs))
+    Console(width=_WIDTH, highlight=False, markup=False, emoji=False).print(results_table(runs))
     statement = (output / "statement.md").read_text(encoding="utf-8")
     for line in statement.splitlines():
         if line.startswith("All "):

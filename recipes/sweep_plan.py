@@ -20,7 +20,7 @@ PLAN_FILE = "sweep.json"
 PLAN_VERSION = 1
 NO_AXES = ("seed", "non_private")
 """Fields that a sweep sets itself."""
-# Of what is swept, the non-private twin takes what is trained on what; how it is trained, its recipe knows best.
+# Of what is swept, the non-private twin takes what is trained on what. How, its recipe knows best.
 _SHARED = ("dataset", "classes", "image_size", "model", "device", "public", "public_examples", "student")
 
 
@@ -97,8 +97,8 @@ class Plan:
             raise UserError(f"{str(output / PLAN_FILE)!r} is damaged; choose a new folder.") from error
         if known != json.loads(json.dumps(self._record())):
             raise UserError(
-                f"The output folder {str(output)!r} holds another sweep; choose a new one, or repeat the call "
-                "that made it to go on with it."
+                f"The output folder {str(output)!r} holds another sweep; choose a new one, or repeat the "
+                "call that made it to go on with it."
             )
 
     def _record(self) -> dict[str, Any]:
@@ -147,7 +147,8 @@ def _cells(
 
 
 def _private_run(configure: Callable[[bool, float | None], Run], chosen: dict[str, Any]) -> Run:
-    wish = {"noise_multiplier": None} if "epsilon" in chosen else {}
+    """The recipe with what was chosen; of ε and noise, one takes the other's place."""
+    wish: dict[str, Any] = {"noise_multiplier": None} if "epsilon" in chosen else {}
     wish |= {"epsilon": None} if "noise_multiplier" in chosen else {}
     return replace(configure(True, chosen.get("epsilon")), **wish, **chosen)
 

@@ -1,7 +1,7 @@
 """Runs of a sweep in processes of their own, which end when their parent does.
 
-What a killed run had committed stays on record: its `privacy_events.json` moves to `abandoned/`, and nothing else
-of it is kept.
+What a killed run had committed stays on record: its `privacy_events.json` moves to `abandoned/`, and nothing
+else of it is kept.
 """
 
 from __future__ import annotations
