@@ -28,25 +28,10 @@ from recipes.table import COLUMNS, read_runs, summary_row, table_of
 from recipes.trials import read_summary
 
 COMMAND = [sys.executable, "-c", "from dpml.cli import run; run()", "sweep", "dpsgd-digits"]
-PROMISED = [
-    "recipe",
-    "run",
-    "status",
-    "error",
-    "method",
-    "dataset",
-    "private",
-    "epsilon",
-    "epsilon_lower",
-    "delta",
-    "noise_multiplier",
-    "batch_size",
-    "steps",
-    "test_accuracy",
-    "train_seconds",
-    "examples_per_second",
-    "seed",
-]
+PROMISED = """
+    recipe run status error method dataset private epsilon epsilon_lower delta noise_multiplier batch_size
+    steps test_accuracy train_seconds examples_per_second seed
+""".split()  # noqa: SIM905 - the contract, as it is written
 
 
 def children(pid: int) -> set[int]:
@@ -77,7 +62,7 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pl.DataFrame]:
-    """A small sweep with a ceiling and a cell that fails, since its batch is larger than the data; two seeds."""
+    """A small sweep of two seeds with a ceiling, and a cell that fails: its batch is larger than the data."""
     folder = tmp_path_factory.mktemp("sweep") / "new"
     axes = {"batch_size": [512, 5000], "noise_multiplier": [4.0]}
 
@@ -153,7 +138,7 @@ def test_a_folder_with_something_else_is_refused(call, tmp_path: Path, swept):
 
 
 def test_a_failed_cell_is_kept_with_its_reason_and_the_others_go_on(swept):
-    folder, runs = swept
+    _, runs = swept
     assert runs["status"].to_list() == ["completed", "failed"] * 2 + ["completed"] * 2
     failed = runs.filter(pl.col("status") == "failed")
     assert all("batch size 5000 is larger" in error for error in failed["error"])
