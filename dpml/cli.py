@@ -105,24 +105,33 @@ def train() -> None:
     """Train a model."""
 
 
+_RECIPE = click.option(
+    "--recipe",
+    help="A recipe by name (see 'dpml recipes') in place of a data set's default. Any flag changes it. Its "
+    "own ε and δ hold if no wish for privacy is typed.",
+)
+
+
 @train.command("dpsgd")
-@options_from(DPSGDRun, required=("dataset",))
+@_RECIPE
+@options_from(DPSGDRun)
 @_OUTPUT
-def train_dpsgd(output: Path | None, **values: Any) -> int:
+def train_dpsgd(output: Path | None, recipe: str | None, **values: Any) -> int:
     """Train with DP-SGD: a budget in (--epsilon), or noise in (--noise-multiplier) and ε out.
 
     What is not given comes from the data set's default recipe.
     """
     from dpml.dpsgd import run_dpsgd
 
-    run = DPSGDRun(**_configuration("dpsgd", typed(values)))
+    run = DPSGDRun(**_configuration("dpsgd", recipe, typed(values)))
     return _trained(run, output, "dpsgd", run_dpsgd)
 
 
 @train.command("pate")
-@options_from(PATERun, required=("dataset",))
+@_RECIPE
+@options_from(PATERun)
 @_OUTPUT
-def train_pate(output: Path | None, **values: Any) -> int:
+def train_pate(output: Path | None, recipe: str | None, **values: Any) -> int:
     """Train with PATE: teachers on shards of the private data answer for a student.
 
     A budget (--epsilon), --noise-multiplier and --queries fix each other. What is not given comes from the
@@ -130,7 +139,7 @@ def train_pate(output: Path | None, **values: Any) -> int:
     """
     from dpml.pate.trainer import run_pate
 
-    run = PATERun(**_configuration("pate", typed(values)))
+    run = PATERun(**_configuration("pate", recipe, typed(values)))
     return _trained(run, output, "pate", run_pate)
 
 
@@ -159,19 +168,35 @@ def _trained(run: Any, output: Path | None, method: str, train_run: Callable[...
     return {"completed": OK, "stopped": INTERRUPTED}.get(result.status, FAILED)
 
 
-def _configuration(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What was typed, over the data set's default recipe."""
-    from dpml.registry import default_run
+def _configuration(method: str, name: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """What was typed, over the recipe of that name, or over the data set's default recipe."""
+    from dpml.registry import default_run, method_of, recipe_entry, recipe_run
 
-    private = not given.get("non_private", False)
-    recipe = default_run(method, given["dataset"], private=private, epsilon=given.get("epsilon"))
-    base = {} if recipe is None else dict(vars(recipe))
+    private, epsilon = not given.get("non_private", False), given.get("epsilon")
+    wishes = ("epsilon", "noise_multiplier", "delta", "non_private", "queries")
+    if name is not None:
+        run = recipe_run(recipe_entry(name), private=private, epsilon=epsilon)
+        if method_of(run) != method:
+            raise UserError(
+                f"The recipe {name!r} is for another method: dpml train {method_of(run)} --recipe {name}."
+            )
+        base = dict(vars(run))
+        if not given.keys() & set(wishes):
+            own = {wish: base[wish] for wish in wishes if base.get(wish)}
+            words = ", ".join(f"{wish.replace('_', ' ')} {value:g}" for wish, value in own.items())
+            click.echo(f"dpml: as the recipe {name} says: {words}.", err=True)
+            return {**base, **given}
+    elif "dataset" not in given:
+        raise click.UsageError("Missing option '--dataset' (or '--recipe').")
+    else:
+        recipe = default_run(method, given["dataset"], private=private, epsilon=epsilon)
+        base = {} if recipe is None else dict(vars(recipe))
+        # A recipe knows where its data is: for one of another package, the name typed is the recipe's alone.
+        given = given | ({} if recipe is None else {"dataset": recipe.dataset})
     # The wish for privacy is the caller's alone: a recipe's own ε, δ, noise or queries never stand in for it.
-    for wish in ("epsilon", "noise_multiplier", "delta", "non_private", "queries"):
+    for wish in wishes:
         base.pop(wish, None)
-    # A recipe knows where its data is: for one from another package, the name typed is the recipe's alone.
-    dataset = {} if recipe is None else {"dataset": recipe.dataset}
-    return {**base, **given, **dataset}
+    return {**base, **given}
 
 
 def show_run(summary: dict[str, Any], output: Path) -> None:
@@ -287,19 +312,18 @@ dpml.add_command(calibrate)
 
 
 @dpml.command()
-def recipes() -> None:
-    """List the recipes: complete configurations, which `train` takes a data set's defaults from."""
-    from dpml.registry import load_recipe, recipe_entries
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes: complete configurations, which `train` takes a data set's defaults from.
 
-    rows = {}
-    for name, entry in recipe_entries().items():
-        try:
-            words = (load_recipe(entry).__doc__ or "").strip()
-        except UserError as error:  # one broken package must not hide the others
-            words = str(error)
-        rows[name] = words.splitlines()[0] if words else "(no description)"
-    if rows:
-        print_table(rows)
+    With NAME, show one in full, and the command that runs it.
+    """
+    from dpml.listing import print_recipe, print_recipes
+
+    if name is None:
+        print_recipes()
+    else:
+        print_recipe(name)
 
 
 def run() -> None:

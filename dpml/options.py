@@ -16,33 +16,8 @@ from docstring_parser import parse_from_object
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class CommaSeparated(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
-    """Values of one type, separated by commas: `0.1,0.3,1` becomes a tuple."""
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = click.types.convert_type(kind)
-        choices = getattr(self.kind, "choices", None)
-        self.name = self.kind.name if choices is None else "|".join(choices)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002
-        """What the help shows in place of the values."""
-        return f"{self.name if '|' in self.name else self.name.upper()},…"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Any, ...]:
-        """The values, each as its type converts it."""
-        if isinstance(value, tuple):
-            return value
-        return tuple(self.kind.convert(part.strip(), param, ctx) for part in value.split(","))
-
-
 def options_from(
-    config: type,
-    *,
-    only: tuple[str, ...] | None = None,
-    required: tuple[str, ...] = (),
-    lists: tuple[str, ...] = (),
+    config: type, *, only: tuple[str, ...] | None = None, required: tuple[str, ...] = ()
 ) -> Callable[[Command], Command]:
     """Decorate a click command with an option for each field of a dataclass.
 
@@ -52,7 +27,6 @@ def options_from(
         config: The dataclass.
         only: The fields to offer; all by default.
         required: The fields that must be typed.
-        lists: The fields that take several values, separated by commas; what is typed is then a tuple.
     """
     hints = get_type_hints(config)
     helps = _field_docs(config)
@@ -60,11 +34,51 @@ def options_from(
     def decorate(command: Command) -> Command:
         for item in reversed(fields(config)):
             if only is None or item.name in only:
-                text = helps.get(item.name, "")
-                command = _option(item, hints[item.name], text, required, lists)(command)
+                command = _option(item, hints[item.name], helps.get(item.name, ""), required)(command)
         return command
 
     return decorate
+
+
+def lists_from(
+    *configs: type, only: tuple[str, ...] | None = None, without: tuple[str, ...] = ()
+) -> Callable[[Command], Command]:
+    """Decorate a click command with an option for each field of some dataclasses, for values between commas.
+
+    Args:
+        configs: The dataclasses. A field that several of them have is one option.
+        only: The fields to offer; all by default.
+        without: Fields not to offer.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    for config in configs:
+        hints, helps = get_type_hints(config), _field_docs(config)
+        for item in fields(config):
+            if item.name not in without and (only is None or item.name in only):
+                found.setdefault(item.name, (hints[item.name], helps.get(item.name, "")))
+
+    def decorate(command: Command) -> Command:
+        for name, (hint, text) in reversed(found.items()):
+            flag = f"--{name.replace('_', '-')}"
+            command = click.option(flag, name, callback=_split_as(hint), metavar="A,B,…", help=text)(command)
+        return command
+
+    return decorate
+
+
+def _split_as(hint: Any) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """From "1,none" to (1, None); "none" is None where the field may be that."""
+    kind = _without_none(hint)
+    optional = kind is not hint
+    convert = click.types.convert_type(click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind)
+
+    def split(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
+        if value is None:
+            return None
+        words = [word.strip() for word in value.split(",")]
+        return tuple(None if optional and word == "none" else convert(word, param, ctx) for word in words)
+
+    return split
 
 
 def typed(values: dict[str, Any]) -> dict[str, Any]:
@@ -73,14 +87,13 @@ def typed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _option(
-    item: Field[Any], hint: Any, text: str, required: tuple[str, ...], lists: tuple[str, ...]
+    item: Field[Any], hint: Any, text: str, required: tuple[str, ...]
 ) -> Callable[[Command], Command]:
     flag = f"--{item.name.replace('_', '-')}"
     kind = _without_none(hint)
     if kind is bool:
         return click.option(flag, item.name, is_flag=True, default=None, help=text)
     choice: Any = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
-    choice = CommaSeparated(choice) if item.name in lists else choice
     # No default, not even None: to click, that would be a value for an option that must be typed.
     return click.option(flag, item.name, type=choice, required=item.name in required, help=text)
 

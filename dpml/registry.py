@@ -105,13 +105,23 @@ def recipe_run(entry: EntryPoint, *, private: bool, epsilon: float | None = None
     """
     recipe = load_recipe(entry)
     try:
-        suits = epsilon is not None and "epsilon" in inspect.signature(recipe).parameters
-        run: object = recipe(private, epsilon=epsilon) if suits else recipe(private)
+        return configured(recipe, private=private, epsilon=epsilon)
     except Exception as error:  # as above
         raise _broken(entry, error) from error
+
+
+def configured(recipe: Recipe, *, private: bool, epsilon: float | None = None) -> Run:
+    """As `recipe_run`, for a recipe that is at hand. It may raise anything."""
+    suits = epsilon is not None and "epsilon" in inspect.signature(recipe).parameters
+    run: object = recipe(private, epsilon=epsilon) if suits else recipe(private)
     if not isinstance(run, Run):
-        raise _broken(entry, TypeError(f"it returned {type(run).__name__}, not a DPSGDRun or PATERun"))
+        raise TypeError(f"it returned {type(run).__name__}, not a DPSGDRun or PATERun")
     return run
+
+
+def method_of(run: Run) -> str:
+    """The method of a configuration, as the command calls it: dpsgd or pate."""
+    return next(method for method, kind in _KINDS.items() if isinstance(run, kind))
 
 
 def default_run(method: str, dataset: str, *, private: bool, epsilon: float | None = None) -> Run | None:

@@ -43,6 +43,8 @@ _HYPERPARAMETERS = (
     "queries",
     "student",
 )
+_METRICS = ("privacy/epsilon", "test/accuracy", "speed/examples_per_second")
+"""What the hyperparameter table shows of a run, in this order."""
 
 
 class Tracker(Protocol):
@@ -192,7 +194,7 @@ class TensorBoard:
 
         settings = {key: self._config[key] for key in _HYPERPARAMETERS if self._config.get(key) is not None}
         # The hyperparameter table shows the last value of each tag named here.
-        metrics = dict.fromkeys(self._tags, 0.0)
+        metrics = {tag: 0.0 for tag in _METRICS if tag in self._tags}
         files = self._writer._get_file_writer()  # type: ignore[no-untyped-call]
         for summary in hparams(settings, metrics):  # type: ignore[no-untyped-call]
             files.add_summary(summary)

@@ -9,9 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpml.dpsgd import run_dpsgd
 from dpml.pate.config import PATERun
-from dpml.pate.trainer import run_pate
 from dpml.registry import Run
 from dpml.tracking import ProgressLine
 
@@ -23,10 +21,14 @@ def run_or_reuse(run: Run, folder: Path, *, label: str | None) -> dict[str, Any]
     Progress is shown under `label`, or not at all.
     """
     summary = read_summary(folder)
-    if summary is not None and summary["status"] == "completed" and summary["config"] == _plain(run):
+    if summary is not None and summary["status"] == "completed" and _is_of(summary["config"], run):
         return summary
     if (folder / "privacy_events.json").exists():
         shutil.rmtree(folder)
+    # Imported here: a table of runs needs no torch.
+    from dpml.dpsgd import run_dpsgd
+    from dpml.pate.trainer import run_pate
+
     trackers = [] if label is None else [ProgressLine(label)]
     if isinstance(run, PATERun):
         result = run_pate(run, output=folder, trackers=trackers)
@@ -54,6 +56,9 @@ def by_noise(summaries: Iterable[Mapping[str, Any]]) -> dict[float | None, list[
     return dict(sorted(groups.items(), key=lambda item: -(item[0] or -1.0)))
 
 
-def _plain(run: Run) -> dict[str, Any]:
+def _is_of(config: dict[str, Any], run: Run) -> bool:
+    """Whether this configuration from a summary is that of `run`."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(run)))
-    return plain
+    if plain.get("model") == "auto":  # which a summary replaces by what was chosen
+        plain["model"] = config.get("model")
+    return config == plain

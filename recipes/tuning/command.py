@@ -10,7 +10,7 @@ import click
 
 from accounting import UserError
 from dpml.config import DPSGDRun
-from dpml.options import options_from, typed
+from dpml.options import lists_from, options_from, typed
 from dpml.table import print_table
 from recipes.tuning.plan import GEOMETRIC, TUNABLE
 
@@ -48,7 +48,8 @@ _SETTINGS = (
     is_flag=True,
     help="Do not charge the selection, because the data set is a public benchmark; the statement says so.",
 )
-@options_from(DPSGDRun, only=(*_SETTINGS, *_WISHES, *TUNABLE), lists=TUNABLE)
+@options_from(DPSGDRun, only=(*_SETTINGS, *_WISHES))
+@lists_from(DPSGDRun, only=TUNABLE)
 def command(
     recipe: str,
     output: Path,
