@@ -1,7 +1,7 @@
 """Whether a third party may believe what a run says of itself: `verify_run`, and the command `dpml verify`.
 
 `parts`, `pairs`, `composition` and `renyi` are an accountant that shares nothing with `accounting`: another
-reader of events, another discretisation, whole numbers instead of floats. It is slow, and small enough to read.
+reader of events, another discretisation, whole numbers instead of floats. It is slow, and short.
 """
 
 from __future__ import annotations

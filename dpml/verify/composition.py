@@ -1,8 +1,8 @@
 """ε of a composition, between two bounds: slow, short, and in exact integers where it counts.
 
-One step's privacy profile δ(γ) = sup_S P(S) − γ·Q(S) is convex in γ = e^ε. Every convex function from 1 − γ down
-to a constant is the profile of a pair, and if one profile lies above another, so do those of their
-compositions with anything (Zhu, Dong & Wang 2022, Proposition 8, Theorem 10). So, on the lattice of losses i·h:
+One step's privacy profile δ(γ) = sup_S P(S) − γ·Q(S) is convex in γ = e^ε. Every convex function from 1 − γ
+down to a constant is the profile of a pair, and if one profile lies above another, so do those of their
+compositions with anything (Zhu, Dong & Wang 2022, Proposition 8, Theorem 10). So, on the lattice of losses:
 
 - from above: connect the points of δ at γ = e^{ih} (Doroshenko et al. 2022);
 - from below: connect points as far under these as the curve may lie under its chords, and take the lower
@@ -32,7 +32,7 @@ from dpml.verify.renyi import renyi_epsilon
 _EXACT = decimal.Context(
     prec=decimal.MAX_PREC, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[decimal.Inexact]
 )
-_MOST_CELLS = 2**17
+_MOST_CELLS = 2**16
 _FINEST = 24  # h = 2^−24
 _CUT = mp.mpf("1e-6")  # of δ: what may be moved from the ends of a distribution
 _HAIR = mp.mpf("1e-12")  # of δ: for the few last steps in mpmath
@@ -103,9 +103,10 @@ def epsilon_bounds(
     level = min(direction.coarsest for direction in directions)
     while level <= _FINEST:
         began = time.monotonic()
-        uppers = [direction.epsilon(level, upper=True) for direction in directions]
-        lowers = [direction.epsilon(level, upper=False) for direction in directions]
-        if None in uppers or None in lowers:  # too many cells
+        until = start + 2 * seconds
+        uppers = [direction.epsilon(level, until, upper=True) for direction in directions]
+        lowers = [direction.epsilon(level, until, upper=False) for direction in directions]
+        if None in uppers or None in lowers:
             break
         found = Bounds(
             max(found.lower, *(x for x in lowers if x is not None)),
@@ -131,9 +132,8 @@ class _Direction:
         self.tails = {part: tails(part, add=add) for part in parts}
         self._known: dict[tuple[Part, float], tuple[mp.mpf, mp.mpf, mp.mpf]] = {}
         with mp.workdps(self.digits + 10):
-            ends = {part: self._ends(self.tails[part]) for part in parts}
-        self.ends = ends
-        most = max(max(abs(low), abs(high)) for low, high in ends.values())
+            self.ends = {part: self._ends(self.tails[part]) for part in parts}
+        most = max(max(abs(low), abs(high)) for low, high in self.ends.values())
         if most > _MOST_LOSS:
             raise CannotVerify(f"a loss of {mp.nstr(most, 3)} in a single release is too large")
         self.precision = self.digits + 24 + int(most / 2)
@@ -160,8 +160,8 @@ class _Direction:
                 low, high = (middle, high) if profile(middle) > self.delta else (low, middle)
             return low, high
 
-    def epsilon(self, level: int, *, upper: bool) -> mp.mpf | None:
-        """A bound on ε from the lattice of width 2^−level; None if that has too many cells."""
+    def epsilon(self, level: int, until: float, *, upper: bool) -> mp.mpf | None:
+        """A bound on ε from the lattice of width 2^−level; None if there are too many cells, or time is up."""
         total: Masses | None = None
         for part, count in self.parts.items():
             step = self._step(part, level, upper=upper)
@@ -172,7 +172,7 @@ class _Direction:
                 if done == count:
                     break
                 step, size = self._composed(step, step, 2 * size, upper=upper), 2 * size
-                if step is not None and len(step.finite) > _MOST_CELLS:
+                if len(step.finite) > _MOST_CELLS or time.monotonic() > until:
                     return None
             if power is None:
                 return None
