@@ -161,7 +161,7 @@ class _Direction:
             return low, high
 
     def epsilon(self, level: int, until: float, *, upper: bool) -> mp.mpf | None:
-        """A bound on ε from the lattice of width 2^−level; None if there are too many cells, or time is up."""
+        """A bound on ε from the lattice of width 2^−level; None if that takes too much space or time."""
         total: Masses | None = None
         for part, count in self.parts.items():
             step = self._step(part, level, upper=upper)
