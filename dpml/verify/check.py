@@ -27,7 +27,7 @@ class Folder:
         path: The folder.
         record: `privacy_events.json`.
         summary: `summary.json`.
-        seconds: Time for each ε.
+        seconds: Processor time for each ε.
         bounds: Bounds on the plan's ε, once they are computed.
     """
 

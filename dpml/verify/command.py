@@ -13,7 +13,10 @@ _CONTEXT = {"max_content_width": 100}
 @click.command(context_settings=_CONTEXT)
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
 @click.option(
-    "--seconds", type=click.FloatRange(1, 3600), default=60.0, help="Time for each ε; 60 by default."
+    "--seconds",
+    type=click.FloatRange(1, 3600),
+    default=60.0,
+    help="Processor time for each ε; 60 by default.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(runs: tuple[Path, ...], seconds: float, as_json: bool) -> int:

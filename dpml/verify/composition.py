@@ -78,7 +78,7 @@ def epsilon_bounds(
         delta: In (0, 1).
         width: Relative width of the bracket to stop at.
         claim: An ε; if given, go on for a while until it is seen on which side of the upper bound it lies.
-        seconds: When to stop refining.
+        seconds: Processor time after which to stop refining, so that an answer does not depend on the load.
 
     Raises:
         CannotVerify: for a part that is not known here.
@@ -99,10 +99,10 @@ def epsilon_bounds(
     if sum(parts.values()) == 1:
         exact = [direction.exact_epsilon() for direction in directions]
         return Bounds(max(low for low, _ in exact), max(high for _, high in exact))
-    start, found = time.monotonic(), Bounds(nothing, mp.inf)
+    start, found = time.process_time(), Bounds(nothing, mp.inf)
     level = min(direction.coarsest for direction in directions)
     while level <= _FINEST:
-        began = time.monotonic()
+        began = time.process_time()
         until = start + 2 * seconds
         uppers = [direction.epsilon(level, until, upper=True) for direction in directions]
         lowers = [direction.epsilon(level, until, upper=False) for direction in directions]
@@ -112,7 +112,7 @@ def epsilon_bounds(
             max(found.lower, *(x for x in lowers if x is not None)),
             min(found.upper, max(x for x in uppers if x is not None)),
         )
-        now = time.monotonic()
+        now = time.process_time()
         narrow = found.width <= width
         undecided = claim is not None and found.lower <= claim < found.upper and found.width > width / 8
         if (narrow and not undecided) or now - start + 3 * (now - began) > seconds:
@@ -172,7 +172,7 @@ class _Direction:
                 if done == count:
                     break
                 step, size = self._composed(step, step, 2 * size, upper=upper), 2 * size
-                if len(step.finite) > _MOST_CELLS or time.monotonic() > until:
+                if len(step.finite) > _MOST_CELLS or time.process_time() > until:
                     return None
             if power is None:
                 return None

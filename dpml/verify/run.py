@@ -98,7 +98,7 @@ def verify_run(folder: str | os.PathLike[str], *, seconds: float = 60.0) -> Veri
 
     Args:
         folder: The output folder of `dpml train`.
-        seconds: Time for each ε, after which the bracket is as wide as it is.
+        seconds: Processor time for each ε, after which the bracket is as wide as it is.
 
     Raises:
         UserError: if the folder is none, or holds no run.
