@@ -28,6 +28,7 @@ from dpml.pate.config import PATERun
 from dpml.questions import account, calibrate
 from dpml.registry import command_entries, load_command
 from dpml.table import print_table
+from dpml.verify.command import verify
 
 if TYPE_CHECKING:
     from dpml.report import TrainingResult
@@ -306,6 +307,7 @@ def predict(
 
 dpml.add_command(account)
 dpml.add_command(calibrate)
+dpml.add_command(verify)
 
 
 # ---------------------------------------------------------------- recipes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -59,8 +60,8 @@ class RunFolder:
         """Write a JSON file atomically. Infinity and NaN become null: JSON has neither."""
         self.write_text(name, json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n")
 
-    def write_model(self, name: str, model: nn.Module) -> None:
-        """Write a model's weights as safetensors, atomically."""
+    def write_model(self, name: str, model: nn.Module) -> str:
+        """Write a model's weights as safetensors, atomically; return the file's SHA-256."""
         # By way of a file of its own: safetensors shares a tied weight only when it writes one, and that
         # file has mode 600 and has not reached the disk.
         with tempfile.TemporaryDirectory(prefix=".", dir=self.path) as folder:
@@ -69,7 +70,9 @@ class RunFolder:
                 safetensors.torch.save_model(model, str(written))
             except safetensors.SafetensorError as error:
                 raise OSError(f"cannot write {str(self.path / name)!r}: {error}") from error
-            self._replace(name, written.read_bytes())
+            content = written.read_bytes()
+            self._replace(name, content)
+        return hashlib.sha256(content).hexdigest()
 
     def _replace(self, name: str, content: bytes) -> None:
         temporary = self.path / f".{name}.tmp"

@@ -58,6 +58,7 @@ _SUMMARY_KEYS = (
     "noise_is_secret",
     "sensitivity_slack",
     "selection_epsilon",
+    "weights_sha256",
     "config",
     "versions",
 )
@@ -178,7 +179,7 @@ class Report:
         summary = self._summary(status, committed, name)
         text = self._statement(summary, test_set_is_public)
         if self.folder is not None:
-            self.folder.write_model("model.safetensors", model)
+            summary["weights_sha256"] = self.folder.write_model("model.safetensors", model)
             self._write_events(committed, status)
             self.folder.write_text("statement.md", text)
             self.folder.write_json("summary.json", summary)

@@ -155,7 +155,7 @@ class PATEReport:
         text = NO_PRIVACY if self.config.non_private else self._statement(summary)
         if self.folder is not None:
             if student is not None:
-                self.folder.write_model("model.safetensors", student)
+                summary["weights_sha256"] = self.folder.write_model("model.safetensors", student)
             self._write_events(committed, status)
             self.folder.write_text("statement.md", text)
             self.folder.write_json("summary.json", summary)
