@@ -116,6 +116,8 @@ class PATEConfig(PrivateConfig):
         ):
             count_field(self, name, low=1)
         count_field(self, "teacher_shift", low=0)
+        if self.teacher_shift > 1000:
+            raise UserError(f"The teacher_shift must be at most 1000 pixels. Got {self.teacher_shift}.")
         for name in ("public_examples", "student_epochs"):
             count_field(self, name, low=1)
         count_field(self, "student_width", low=2)

@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from torch import nn
 
@@ -74,19 +75,24 @@ def plain_network(x: torch.Tensor, y: torch.Tensor, seed: int) -> nn.Module:
     return net
 
 
-def one_by_one(kind: str, features: torch.Tensor, labels: torch.Tensor, members: torch.Tensor) -> float:
-    """Seconds for these shards, one after the other."""
-    since = time.perf_counter()
+def now() -> np.ndarray:
+    """Seconds on the clock, and of the processor: what others do on the machine changes these less."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def one_by_one(kind: str, features: torch.Tensor, labels: torch.Tensor, members: torch.Tensor) -> np.ndarray:
+    """Both times for these shards, one after the other."""
+    since = now()
     for number, row in enumerate(members):
         rows = row[row >= 0]
         if kind == "linear":
             plain_ridge(features[rows], labels[rows])
         else:
             plain_network(features[rows], labels[rows], number)
-    return time.perf_counter() - since
+    return now() - since
 
 
-def _half(kind: str, number: int, teachers: int, cached: str) -> float:
+def _half(kind: str, number: int, teachers: int, cached: str) -> np.ndarray:
     torch.set_num_threads(1)
     inputs, labels, partition = shards(teachers)
     features = torch.load(cached, weights_only=True, mmap=True) if kind == "linear" else inputs
@@ -95,10 +101,12 @@ def _half(kind: str, number: int, teachers: int, cached: str) -> float:
     return one_by_one(kind, features, labels, mine)
 
 
-def together(kind: str, features: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[float, Ensemble]:
-    """Seconds for all 250 teachers."""
+def together(
+    kind: str, features: torch.Tensor, labels: torch.Tensor, seed: int
+) -> tuple[np.ndarray, Ensemble]:
+    """Both times for all 250 teachers."""
     partition, config = shards(TEACHERS)[2], DEFAULT
-    since = time.perf_counter()
+    since = now()
     if kind == "linear":
         made: Ensemble = train_linear(
             features, labels, 10, partition, features="function", function=lambda x: x, ridge=config.ridge
@@ -108,64 +116,72 @@ def together(kind: str, features: torch.Tensor, labels: torch.Tensor, seed: int)
             features, labels, 10, partition, steps=config.teacher_steps, batch_size=config.teacher_batch_size,
             learning_rate=config.teacher_learning_rate, shift=config.teacher_shift, seed=seed,
         )  # fmt: skip
-    return time.perf_counter() - since, made
+    return now() - since, made
 
 
 @click.command()
 @click.option("--rounds", default=3)
+@click.option("--kind", "kinds", multiple=True, default=("linear", "convolutional"))
 @click.option("--networks", default=100, help="Convolutional teachers of the 250 that two processes train.")
 @click.option("--alone", default=10, help="Those that one process trains with all threads.")
 @click.option("--save", type=click.Path(path_type=Path))
-def main(rounds: int, networks: int, alone: int, save: Path | None) -> None:
+def main(rounds: int, kinds: tuple[str, ...], networks: int, alone: int, save: Path | None) -> None:
     """Time all ways, interleaved, in seconds for 250 teachers; print medians, and ensembles' accuracy."""
     cached = Path("runs") / "teachers-features.pt"
     cached.parent.mkdir(exist_ok=True)
     data = load("mnist")
-    inputs, labels = data.x_train, data.y_train
-    since = time.perf_counter()
-    features = scattering(inputs)
-    seconds_features = time.perf_counter() - since
-    tests = {"linear": scattering(data.x_test), "convolutional": data.x_test}
-    torch.save(features, cached)
-    found: dict[str, dict[str, list[float]]] = {}
-    together("convolutional", inputs, labels, 0)  # compiles the kernel, if need be
+    seen, tests = {"convolutional": data.x_train}, {"convolutional": data.x_test}
+    if "linear" in kinds:
+        seen["linear"], tests["linear"] = scattering(data.x_train), scattering(data.x_test)
+        torch.save(seen["linear"], cached)
+    found: dict[str, dict[str, list[float]]] = {kind: {} for kind in kinds}
+
+    def add(kind: str, way: str, times: np.ndarray) -> None:
+        for clock, seconds in zip(("seconds", "processor seconds"), times.tolist(), strict=True):
+            found[kind].setdefault(f"{way}: {clock}", []).append(seconds)
+
     for number in range(rounds):
-        for kind, seen in (("linear", features), ("convolutional", inputs)):
-            of = found.setdefault(kind, {})
-            seconds, made = together(kind, seen, labels, number)
-            of.setdefault("together", []).append(seconds)
-            since = time.perf_counter()
+        for kind in kinds:
+            if number == 0:  # compiles the kernel, if need be
+                train_convolutional(
+                    data.x_train, data.y_train, 10, shards(2)[2], steps=1, batch_size=1, learning_rate=0.1,
+                    shift=0, seed=0,
+                )  # fmt: skip
+            times, made = together(kind, seen[kind], data.y_train, number)
+            add(kind, "together", times)
+            since = now()
             hits = made.votes(tests[kind]).argmax(dim=1) == data.y_test
-            of.setdefault("votes on 10,000 inputs", []).append(time.perf_counter() - since)
-            of.setdefault("ensemble accuracy, %", []).append(100 * hits.double().mean().item())
-            some = TEACHERS if kind == "linear" else alone
-            seconds = one_by_one(kind, seen, labels, shards(some)[2].members) * TEACHERS / some
-            of.setdefault("one by one, all threads", []).append(seconds)
+            add(kind, "votes on 10,000 inputs", now() - since)
+            found[kind].setdefault("accuracy without noise, %", []).append(100 * hits.double().mean().item())
             some = TEACHERS if kind == "linear" else networks
             with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
                 halves = [pool.submit(_half, kind, half, some, str(cached)) for half in range(2)]
-                seconds = max(half.result() for half in halves) * TEACHERS / some
-            of.setdefault("one by one, two processes", []).append(seconds)
-            click.echo(f"{kind}: " + ", ".join(f"{way} {numbers[-1]:.2f}" for way, numbers in of.items()))
-    cached.unlink()
+                both = np.array([half.result() for half in halves])
+            both = np.array([both[:, 0].max(), both[:, 1].sum()])
+            add(kind, "one by one, two processes", both * TEACHERS / some)
+            some = TEACHERS if kind == "linear" else alone
+            times = one_by_one(kind, seen[kind], data.y_train, shards(some)[2].members)
+            add(kind, "one by one, all threads", times * TEACHERS / some)
+            click.echo(
+                f"{kind}: " + ", ".join(f"{way} {values[-1]:.2f}" for way, values in found[kind].items())
+            )
+    cached.unlink(missing_ok=True)
     record = {
         "command": "python tests/benchmarks/teachers.py "
-        f"--rounds {rounds} --networks {networks} --alone {alone}",
+        + " ".join(f"--kind {kind}" for kind in kinds)
+        + f" --rounds {rounds} --networks {networks} --alone {alone}",
         "date": datetime.now(UTC).date().isoformat(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "kernel": native.kernel() is not None,
-        "features_seconds": seconds_features,
-        "seconds for 250 teachers": found,
+        "for 250 teachers": found,
     }
     for kind, ways in found.items():
-        for way, numbers in ways.items():
-            median = statistics.median(numbers)
-            ratio = (
-                f"{median / statistics.median(ways['together']):6.2f} × together" if "one by" in way else ""
-            )
-            click.echo(f"{kind:14} {way:28} {median:8.2f} ({min(numbers):.2f} to {max(numbers):.2f}) {ratio}")
-    click.echo(f"features of 60,000 images {seconds_features:.0f} s")
+        for way, values in ways.items():
+            middle, own = statistics.median(values), way.rpartition(": ")[2]
+            ratio = middle / statistics.median(ways[f"together: {own}"]) if "one by one" in way else None
+            times = "" if ratio is None else f"{ratio:6.2f} × together"
+            click.echo(f"{kind:14} {way:45} {middle:8.2f} ({min(values):.2f} to {max(values):.2f}) {times}")
     if save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)
         save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
