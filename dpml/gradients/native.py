@@ -248,13 +248,13 @@ def switched(on: bool) -> Iterator[None]:
 
 def kernel() -> ctypes.CDLL | None:
     """The compiled kernel, or None where it cannot be had or is switched off."""
-    return None if not _switch.get() or os.environ.get("DPML_NO_KERNEL") else _load()
+    return _load() if allowed() else None
 
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(_compiled()))
+        library = compiled_library(_SOURCE)
         if library.dpml_layer_bytes() != ctypes.sizeof(_Layer):
             raise OSError("its layout differs")
         for name, types in _ARGUMENTS.items():
@@ -265,12 +265,27 @@ def _load() -> ctypes.CDLL | None:
     return library
 
 
-def _compiled() -> Path:
+def compiled_library(source: Path) -> ctypes.CDLL:
+    """The library made from C++, compiled if it is not in the cache.
+
+    Raises:
+        OSError: There is no compiler, or nowhere to put what it makes, or that cannot be loaded.
+        subprocess.SubprocessError: The compiler fails.
+    """
+    return ctypes.CDLL(str(_compiled(source)))
+
+
+def allowed() -> bool:
+    """Whether compiled kernels may be used here at all."""
+    return _switch.get() and not os.environ.get("DPML_NO_KERNEL")
+
+
+def _compiled(source: Path = _SOURCE) -> Path:
     """The shared library for this source, compiler and processor; compiled if it is not there."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("there is no C++ compiler")
-    key = hashlib.sha256(_SOURCE.read_bytes())
+    key = hashlib.sha256(source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60)  # noqa: S603
     key.update(version.stdout + " ".join(_FLAGS).encode() + _processor().encode())
     folder = Path(pooch.os_cache("dpml")) / "kernels"
@@ -282,7 +297,7 @@ def _compiled() -> Path:
         path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         fresh = Path(scratch) / "fresh.so"
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(fresh)]
+        command = [compiler, *_FLAGS, str(source), "-o", str(fresh)]
         subprocess.run(command, capture_output=True, check=True, timeout=300)  # noqa: S603
         return fresh.replace(folder / f"{name}-{_digest(fresh)}.so")
 

@@ -47,12 +47,14 @@ class PATEConfig(PrivateConfig):
     (scattering for images of 16×16 and more)."""
     ridge: float = 0.02
     """Ridge of linear teachers, relative to the mean squared norm of the features."""
-    teacher_steps: int = 300
+    teacher_steps: int = 500
     """Steps of convolutional teachers."""
-    teacher_batch_size: int = 32
+    teacher_batch_size: int = 16
     """Records in a step of convolutional teachers."""
     teacher_learning_rate: float = 0.05
     """First learning rate of convolutional teachers."""
+    teacher_shift: int = 2
+    """How far convolutional teachers see an image moved at random, at most, in pixels to either side."""
     places: int | None = None
     """The most records of one teacher, as a number chosen without looking at the number of records: the
     relation is then add-or-remove-one. By default it follows from that number, and the relation is
@@ -113,6 +115,9 @@ class PATEConfig(PrivateConfig):
             "rounds",
         ):
             count_field(self, name, low=1)
+        count_field(self, "teacher_shift", low=0)
+        if self.teacher_shift > 1000:
+            raise UserError(f"The teacher_shift must be at most 1000 pixels. Got {self.teacher_shift}.")
         for name in ("public_examples", "student_epochs"):
             count_field(self, name, low=1)
         count_field(self, "student_width", low=2)

@@ -31,7 +31,7 @@ from dpml.pate.teachers import (
     train_linear,
 )
 
-_VERSION = 1
+_VERSION = 2
 _VOTES = "votes.npy"
 
 
@@ -122,6 +122,7 @@ def train_teachers(
         steps=config.teacher_steps,
         batch_size=config.teacher_batch_size,
         learning_rate=config.teacher_learning_rate,
+        shift=config.teacher_shift,
         seed=config.seed,
         progress=progress,
     )
@@ -130,7 +131,7 @@ def train_teachers(
 def teacher_settings(config: PATEConfig) -> dict[str, object]:
     """The settings that votes follow from."""
     linear = ("features", "ridge")
-    convolutional = ("teacher_steps", "teacher_batch_size", "teacher_learning_rate")
+    convolutional = ("teacher_steps", "teacher_batch_size", "teacher_learning_rate", "teacher_shift")
     own = linear if config.teacher == "linear" else convolutional
     return {name: getattr(config, name) for name in ("teacher", "teachers", "places", "seed", *own)}
 

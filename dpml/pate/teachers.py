@@ -26,6 +26,7 @@ from torch import Tensor
 
 from accounting import UserError
 from dpml.outputs import write_private
+from dpml.pate import native
 from dpml.pate.config import FEATURES
 from dpml.pate.features import Features, features_by_name
 from dpml.pate.partition import Partition
@@ -224,7 +225,7 @@ def _solve_ridge(x: Tensor, y: Tensor, present: Tensor, ridge: float) -> tuple[T
 
 @dataclass(frozen=True, eq=False)
 class ConvolutionalEnsemble(Ensemble):
-    """Small convolutional networks on images: 5×5 by two and 3×3 convolutions, pooling, a linear layer.
+    """Small convolutional networks on images: 5×5 and 3×3 convolutions, both by two, and a linear layer.
 
     Attributes:
         parameters: Stacked weights by name, teachers along the first axis; see `new_networks`.
@@ -242,37 +243,40 @@ class ConvolutionalEnsemble(Ensemble):
 
     def predict(self, inputs: Tensor) -> Tensor:
         """Each teacher's class for each input: int64 [m, teachers]."""
+        if (library := native.kernel()) is not None and inputs.device.type == "cpu":
+            return native.classes(library, self.parameters, inputs)
         chosen = []
         with torch.no_grad():
             for start in range(0, self.teachers, _NETWORKS):
-                group = {name: tensor[start : start + _NETWORKS] for name, tensor in self.parameters.items()}
-                size = len(group["bias3"])
-                x = inputs[:, None].expand(-1, size, *inputs.shape[1:])
+                group = _group(self.parameters, start)
+                x = inputs[:, None].expand(-1, len(group["bias3"]), *inputs.shape[1:])
                 chosen.append(_networks(group, x).argmax(dim=2).T)
         return torch.cat(chosen, dim=1)
 
     def settings(self) -> dict[str, Any]:
-        """Nothing: the weights' shapes say it all."""
-        return {}
+        """The form of the networks, whose sizes the weights' shapes say."""
+        return {"network": _FORM}
 
     def weights(self) -> dict[str, Tensor]:
         """The stacked weights."""
         return self.parameters
 
 
-_NETWORKS = 25  # trained at once
-_FILTERS = (16, 32)
+_NETWORKS = 10  # trained between two reports of progress
+_FILTERS = (16, 16)  # multiples of the kernel's vectors
+_FORM = "5×5 by two, 3×3 by two, linear"
+_MOMENTUM, _DECAY = 0.9, 1e-4
 
 
 def new_networks(teachers: int, example_shape: tuple[int, ...], classes: int, seed: int) -> dict[str, Tensor]:
     """Initial weights of `teachers` networks (He et al. 2015), which depend on no record.
 
     Raises:
-        UserError: `example_shape` is not `(channels, height, width)`, or a side is below 11.
+        UserError: `example_shape` is not `(channels, height, width)`, or a side is below 9.
     """
-    if len(example_shape) != 3 or min(example_shape[1:]) < 11:
+    if len(example_shape) != 3 or min(example_shape[1:]) < 9:
         raise UserError(
-            f"Convolutional teachers need images of shape (channels, height, width), at least 11×11, got "
+            f"Convolutional teachers need images of shape (channels, height, width), at least 9×9, got "
             f"{example_shape}: choose linear teachers."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -281,7 +285,7 @@ def new_networks(teachers: int, example_shape: tuple[int, ...], classes: int, se
         return torch.randn(teachers, *shape, generator=generator) * math.sqrt(2 / inputs)
 
     channels, first, second = example_shape[0], *_FILTERS
-    flat = second * math.prod(((side - 5) // 2 - 1) // 2 for side in example_shape[1:])
+    flat = second * math.prod(((side - 5) // 2 - 2) // 2 + 1 for side in example_shape[1:])
     return {
         "weight1": normal(25 * channels, first, channels, 5, 5),
         "bias1": torch.zeros(teachers, first),
@@ -301,13 +305,14 @@ def train_convolutional(
     steps: int,
     batch_size: int,
     learning_rate: float,
+    shift: int,
     seed: int,
     progress: Progress = silent,
 ) -> ConvolutionalEnsemble:
-    """Train a network on each shard by stochastic gradient descent, groups of networks as one.
+    """Train a network on each shard by stochastic gradient descent, in the kernel where there is one.
 
-    A group's convolutions are one grouped convolution. Batches are drawn with replacement, from random
-    numbers that are the same whatever the records are, and every teacher takes the same number of steps.
+    Batches are drawn with replacement, and their images moved at random, by random numbers of the teacher's
+    own that are the same whatever the records are. Every teacher takes the same number of steps.
 
     Args:
         inputs: Private images, [n, channels, height, width].
@@ -317,39 +322,99 @@ def train_convolutional(
         steps: Steps of each teacher; the learning rate falls to zero over them, as a cosine.
         batch_size: Records in a batch.
         learning_rate: The first learning rate, with Nesterov momentum of 0.9.
-        seed: Fixes initial weights and batches. It may be known: one record still changes one teacher alone.
+        shift: How far an image is moved at most, in pixels, along either side.
+        seed: Fixes initial weights, batches and moves. It may be known: one record still changes one teacher
+            alone.
         progress: Told about finished teachers.
     """
     shape = tuple(inputs.shape[1:])
     parameters = new_networks(partition.teachers, shape, classes, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
+    own = torch.Generator().manual_seed(seed + 1)
+    seeds = torch.randint(2**62, (partition.teachers,), generator=own).tolist()
+    rates = [learning_rate * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+    library = native.kernel() if inputs.device.type == "cpu" else None
+    images = inputs if library is None else native.channels_last(inputs)
     for start in range(0, partition.teachers, _NETWORKS):
         members = partition.members[start : start + _NETWORKS]
-        counts = (members >= 0).sum(dim=1, keepdim=True)
-        group = {
-            name: p[start : start + _NETWORKS].clone().requires_grad_() for name, p in parameters.items()
-        }
-        optimizer = torch.optim.SGD(
-            group.values(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=1e-4
-        )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            uniform = torch.rand(len(members), batch_size, generator=generator, dtype=torch.float64)
-            rows = members.gather(1, (uniform * counts).long())
-            optimizer.zero_grad()
-            logits = _networks(group, _at(inputs, rows).transpose(0, 1))
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), _at(labels, rows).flatten(), reduction="none"
-            )
-            # The sum over teachers: each one's gradient is that of its own mean. An empty shard has none.
-            torch.autograd.backward((losses.view_as(rows) * (rows >= 0)).sum() / batch_size)
-            optimizer.step()
-            schedule.step()
-        with torch.no_grad():
-            for name, tensor in group.items():
-                parameters[name][start : start + _NETWORKS] = tensor
+        keys = seeds[start : start + _NETWORKS]
+        draws = [
+            draw_batches(row, steps, batch_size, shift, key) for row, key in zip(members, keys, strict=True)
+        ]
+        rows, moves = (torch.stack(drawn) for drawn in zip(*draws, strict=True))
+        group = _group(parameters, start)
+        if library is None:
+            group = _trained(group, images, labels, rows, moves, rates)
+        else:
+            settings = {"momentum": _MOMENTUM, "decay": _DECAY}
+            group = native.train(library, group, images, labels.contiguous(), rows, moves, rates, **settings)
+        for name, tensor in group.items():
+            parameters[name][start : start + _NETWORKS] = tensor
         progress(min(start + _NETWORKS, partition.teachers), partition.teachers)
     return ConvolutionalEnsemble(classes, shape, parameters)
+
+
+def draw_batches(members: Tensor, steps: int, size: int, shift: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A teacher's batches: rows of its records, int64 [steps, size], and moves in pixels, [steps, size, 2].
+
+    Rows are -1 if it has no records. `members` as in `Partition`, one row of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(steps, size, generator=generator, dtype=torch.float64)
+    moves = torch.randint(-shift, shift + 1, (steps, size, 2), generator=generator)
+    return members[(uniform * (members >= 0).sum()).long()], moves
+
+
+def _group(parameters: dict[str, Tensor], start: int) -> dict[str, Tensor]:
+    return {name: tensor[start : start + _NETWORKS] for name, tensor in parameters.items()}
+
+
+def _trained(
+    group: dict[str, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    moves: Tensor,
+    rates: list[float],
+) -> dict[str, Tensor]:
+    """The networks after their steps, without the kernel: their convolutions are one grouped convolution.
+
+    Args:
+        group: Weights of g networks.
+        inputs: Images, [n, channels, height, width].
+        labels: Int64 [n].
+        rows: Int64 [g, steps, batch].
+        moves: Int64 [g, steps, batch, 2].
+        rates: A learning rate for each step.
+    """
+    group = {name: tensor.clone().requires_grad_() for name, tensor in group.items()}
+    optimizer = torch.optim.SGD(
+        group.values(), lr=rates[0], momentum=_MOMENTUM, nesterov=True, weight_decay=_DECAY
+    )
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        batch = rows[:, step]
+        optimizer.zero_grad()
+        x = _moved(_at(inputs, batch).flatten(0, 1), moves[:, step].flatten(0, 1))
+        logits = _networks(group, x.view(*batch.shape, *x.shape[1:]).transpose(0, 1))
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), _at(labels, batch).flatten(), reduction="none"
+        )
+        # The sum over teachers: each one's gradient is that of its own mean. An empty shard has none.
+        torch.autograd.backward((losses.view_as(batch) * (batch >= 0)).sum() / batch.shape[1])
+        optimizer.step()
+    return {name: tensor.detach() for name, tensor in group.items()}
+
+
+def _moved(images: Tensor, moves: Tensor) -> Tensor:
+    """Images [m, channels, h, w]: what was at (y + dy, x + dx) comes to (y, x), and zeros from outside."""
+    reach = int(moves.abs().max())
+    if reach == 0:
+        return images
+    height, width = images.shape[2:]
+    padded = torch.nn.functional.pad(images, (reach,) * 4)
+    y = (moves[:, 0, None] + torch.arange(reach, reach + height))[:, :, None]
+    x = (moves[:, 1, None] + torch.arange(reach, reach + width))[:, None, :]
+    return padded[torch.arange(len(images))[:, None, None], :, y, x].permute(0, 3, 1, 2)
 
 
 def _networks(group: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -357,9 +422,8 @@ def _networks(group: dict[str, Tensor], x: Tensor) -> Tensor:
     conv2d, relu = torch.nn.functional.conv2d, torch.nn.functional.relu
     m, g = x.shape[:2]
     h = conv2d(x.flatten(1, 2), group["weight1"].flatten(0, 1), group["bias1"].flatten(), stride=2, groups=g)
-    h = conv2d(relu(h), group["weight2"].flatten(0, 1), group["bias2"].flatten(), groups=g)
-    h = torch.nn.functional.max_pool2d(relu(h), 2)
-    rows = h.view(m, g, -1).transpose(0, 1)
+    h = conv2d(relu(h), group["weight2"].flatten(0, 1), group["bias2"].flatten(), stride=2, groups=g)
+    rows = relu(h).view(m, g, -1).transpose(0, 1)
     return torch.baddbmm(group["bias3"][:, None], rows, group["weight3"])
 
 
@@ -395,6 +459,11 @@ def load_ensemble(folder: str | os.PathLike[str]) -> tuple[Ensemble, dict[str, A
         shape, classes = tuple(description["example_shape"]), int(description["classes"])
         kind = description["kind"]
         if kind == ConvolutionalEnsemble.kind:
+            if description.get("network") != _FORM:
+                raise UserError(
+                    f"The teachers of {str(path)!r} are networks of another form, made by another "
+                    "version of dpml: train the teachers again."
+                )
             _require_shapes(tensors, new_networks(1, shape, classes, 0), path)
             return ConvolutionalEnsemble(classes, shape, tensors), description
         if kind != LinearEnsemble.kind:

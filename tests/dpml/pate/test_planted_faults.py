@@ -60,6 +60,10 @@ def convolutional(_):
     test_teachers.check_teachers("convolutional", rows=(0, 17))
 
 
+def portable(_):
+    test_teachers.check_teachers("portable", rows=(0, 17))
+
+
 def desk(folder):  # noqa: F811
     test_answers.check_desk(folder)
 
@@ -405,8 +409,8 @@ FAULTS = [
     ("centred by the mean of all", _centred_by_the_mean_of_all, linear, "teachers: a record of"),
     ("scaled by the spread of all", _scaled_by_the_spread_of_all, linear, "teachers: a record of"),
     ("networks by position", _by_position, convolutional, "teachers: a record of"),
-    ("normalised over all networks", _normalised_over_all_networks, convolutional, "teachers: a record of"),
-    ("gradients clipped together", _gradients_clipped_together, convolutional, "teachers: a record of"),
+    ("normalised over all networks", _normalised_over_all_networks, portable, "teachers: a record of"),
+    ("gradients clipped together", _gradients_clipped_together, portable, "teachers: a record of"),
     ("batches by the number of records", _loss_of_all_records_together, convolutional, "teachers: a record"),
 ]
 CHECKS = list(dict.fromkeys(check for _, _, check, _ in FAULTS))

@@ -12,14 +12,23 @@ from torch import nn
 
 from accounting import UserError
 from dpml.data import load
+from dpml.gradients.native import switched
+from dpml.pate import native
 from dpml.pate.features import features_by_name
 from dpml.pate.partition import Partition, default_places
-from dpml.pate.teachers import load_ensemble, new_networks, train_convolutional, train_linear
+from dpml.pate.teachers import (
+    draw_batches,
+    load_ensemble,
+    new_networks,
+    train_convolutional,
+    train_linear,
+)
 
 CLASSES, TEACHERS, N = 10, 6, 60
 RIDGE = 0.1
-STEPS = {"steps": 4, "batch_size": 5, "learning_rate": 0.05, "seed": 3}
-SHAPES = {"values": (1, 8, 8), "scattering": (1, 16, 16), "convolutional": (2, 12, 13)}
+STEPS = {"steps": 4, "batch_size": 16, "learning_rate": 0.05, "shift": 2, "seed": 3}
+IMAGES = (2, 12, 13)
+SHAPES = {"values": (1, 8, 8), "scattering": (1, 16, 16), "convolutional": IMAGES, "portable": IMAGES}
 HOSTILE = {
     "huge": 1e30,
     "largest": 3e38,
@@ -44,8 +53,9 @@ def records(kind, n=N):
 def train(kind, inputs, labels, *, teachers=TEACHERS, places=40, function=None):
     """An ensemble, and each record's teacher."""
     partition = Partition.of(inputs, labels, teachers, places=places)
-    if kind == "convolutional":
-        return train_convolutional(inputs, labels, CLASSES, partition, **STEPS), partition
+    if kind in ("convolutional", "portable"):
+        with switched(kind == "convolutional"):
+            return train_convolutional(inputs, labels, CLASSES, partition, **STEPS), partition
     function = function or features_by_name(kind, tuple(inputs.shape[1:]))[1]
     made = train_linear(inputs, labels, CLASSES, partition, features=kind, function=function, ridge=RIDGE)
     return made, partition
@@ -90,7 +100,7 @@ def check_teachers(kind, rows=(0, 17, N - 1), hostile=(), **settings):
         assert (votes - fewer).abs().sum(dim=1).max() <= 2, "votes: one record moves more than one vote"
 
 
-KINDS = pytest.mark.parametrize("kind", ["values", "scattering", "convolutional"])
+KINDS = pytest.mark.parametrize("kind", SHAPES)
 
 
 # ---------------------------------------------------------------- one record
@@ -117,6 +127,7 @@ def test_that_holds_in_several_groups(monkeypatch):
     check_teachers("values", rows=(0, 40))
     monkeypatch.setattr("dpml.pate.teachers._NETWORKS", 4)
     check_teachers("convolutional", rows=(0, 40))
+    check_teachers("portable", rows=(0, 40))
 
 
 def test_that_holds_for_signed_numbers_that_are_mostly_zero(monkeypatch):
@@ -241,53 +252,139 @@ def alone(weights, teacher):
     network = nn.Sequential(
         nn.Conv2d(shape["weight1"][1], shape["weight1"][0], 5, stride=2),
         nn.ReLU(),
-        nn.Conv2d(shape["weight2"][1], shape["weight2"][0], 3),
+        nn.Conv2d(shape["weight2"][1], shape["weight2"][0], 3, stride=2),
         nn.ReLU(),
-        nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(*shape["weight3"]),
     )
     with torch.no_grad():
-        for number, module in enumerate((network[0], network[2], network[6]), start=1):
+        for number, module in enumerate((network[0], network[2], network[5]), start=1):
             weight = weights[f"weight{number}"][teacher]
             module.weight.copy_(weight.T if number == 3 else weight)
             module.bias.copy_(weights[f"bias{number}"][teacher])
     return network
 
 
-@pytest.mark.parametrize(("n", "teachers", "looked_at"), [(60, 3, (0, 1, 2)), (60, 27, (0, 24, 25, 26))])
-def test_convolutional_teachers_are_the_networks_trained_alone(n, teachers, looked_at):
-    inputs, labels = records("convolutional", n)
-    stacked, partition = train("convolutional", inputs, labels, teachers=teachers)
-    generator = torch.Generator().manual_seed(STEPS["seed"] + 1)
-    steps, size = STEPS["steps"], STEPS["batch_size"]
-    groups = [min(25, teachers - start) for start in range(0, teachers, 25)]
-    draws = [
-        [torch.rand(group, size, generator=generator, dtype=torch.float64) for _ in range(steps)]
-        for group in groups
-    ]
-    initial = new_networks(teachers, SHAPES["convolutional"], CLASSES, STEPS["seed"])
+def shifted(image, move):
+    """What was at (y + dy, x + dx) comes to (y, x), number by number."""
+    dy, dx = move.tolist()
+    _, height, width = image.shape
+    found = torch.zeros_like(image)
+    for y in range(max(0, -dy), min(height, height - dy)):
+        for x in range(max(0, -dx), min(width, width - dx)):
+            found[:, y, x] = image[:, y + dy, x + dx]
+    return found
+
+
+def trained_alone(inputs, labels, members, weights, teacher, settings):
+    """The network of one teacher, trained by modules, an optimizer, a scheduler and a loop."""
+    keys = torch.randint(2**62, (teacher + 1,), generator=torch.Generator().manual_seed(settings["seed"] + 1))
+    rows, moves = draw_batches(
+        members, settings["steps"], settings["batch_size"], settings["shift"], int(keys[teacher])
+    )
+    network = alone(weights, teacher)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=settings["learning_rate"], momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings["steps"])
+    for batch, move in zip(rows, moves, strict=True):
+        x = torch.stack([shifted(image, by) for image, by in zip(inputs[batch], move, strict=True)])
+        optimizer.zero_grad()
+        if len(members[members >= 0]):
+            nn.functional.cross_entropy(network(x), labels[batch]).backward()
+        else:  # no records, no loss
+            (network(torch.zeros_like(x)) * 0).sum().backward()
+        optimizer.step()
+        schedule.step()
+    return network
+
+
+@pytest.mark.parametrize("kind", ["convolutional", "portable"])
+@pytest.mark.parametrize(("n", "teachers", "looked_at"), [(60, 3, (0, 1, 2)), (60, 27, (0, 9, 10, 26))])
+def test_convolutional_teachers_are_the_networks_trained_alone(kind, n, teachers, looked_at):
+    inputs, labels = records(kind, n)
+    together, partition = train(kind, inputs, labels, teachers=teachers)
+    initial = new_networks(teachers, IMAGES, CLASSES, STEPS["seed"])
     for teacher in looked_at:
-        members = partition.members[teacher]
-        rows = members[members >= 0]
-        network = alone(initial, teacher)
-        optimizer = torch.optim.SGD(
-            network.parameters(), lr=STEPS["learning_rate"], momentum=0.9, nesterov=True, weight_decay=1e-4
-        )
-        for step in range(steps if len(rows) else 0):
-            for group in optimizer.param_groups:
-                group["lr"] = STEPS["learning_rate"] * (1 + math.cos(math.pi * step / steps)) / 2
-            batch = rows[(draws[teacher // 25][step][teacher % 25] * len(rows)).long()]
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(inputs[batch]), labels[batch]).backward()
-            optimizer.step()
-        expected = alone(stacked.weights(), teacher).state_dict()
+        network = trained_alone(inputs, labels, partition.members[teacher], initial, teacher, STEPS)
+        expected = alone(together.weights(), teacher).state_dict()
         for name, weight in network.state_dict().items():
-            torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
         with torch.no_grad():
             logits = network(inputs)
         clear = logits.topk(2).values.diff().abs()[:, 0] > 1e-4
-        assert torch.equal(stacked.predict(inputs)[clear, teacher], logits.argmax(dim=1)[clear])
+        with switched(kind == "convolutional"):
+            assert torch.equal(together.predict(inputs)[clear, teacher], logits.argmax(dim=1)[clear])
+
+
+needs_kernel = pytest.mark.skipif(native.kernel() is None, reason="needs a C++ compiler")
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("shape", "classes", "steps"),
+    [
+        ((1, 9, 9), 2, 3),
+        ((3, 32, 32), 10, 3),
+        ((1, 28, 28), 17, 3),
+        ((2, 10, 31), 33, 3),
+        ((1, 12, 12), 1, 2),
+    ],
+    ids=str,
+)
+def test_the_kernel_takes_the_portable_steps(shape, classes, steps):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(50, *shape, generator=generator)
+    labels = torch.randint(classes, (50,), generator=generator)
+    partition = Partition.of(inputs, labels, 4, places=30)
+    settings = {**STEPS, "steps": steps, "shift": 12}  # images may leave the frame altogether
+    both = []
+    for on in (True, False):
+        with switched(on):
+            both.append(train_convolutional(inputs, labels, classes, partition, **settings))
+    for name, weight in both[0].weights().items():
+        torch.testing.assert_close(weight, both[1].weights()[name], atol=1e-5, rtol=1e-4)
+    found = both[1].predict(inputs)
+    with switched(False):
+        assert (found == both[1].predict(inputs)).float().mean() > 0.99
+        assert not torch.equal(both[0].parameters["weight1"], new_networks(4, shape, classes, 3)["weight1"])
+
+
+@needs_kernel
+def test_kernel_and_portable_teachers_vote_alike_after_training():
+    digits = load("digits")
+    train_set, test_set = (nn.functional.interpolate(x, 16) for x in (digits.x_train, digits.x_test))
+    labels, settings = digits.y_train, {**STEPS, "steps": 150, "shift": 1}
+    partition = Partition.of(train_set, labels, 6, places=default_places(len(train_set), 6))
+    votes = []
+    for on in (True, False):
+        with switched(on):
+            made = train_convolutional(train_set, labels, CLASSES, partition, **settings)
+            votes.append(made.votes(test_set))
+    assert (votes[0] != votes[1]).any(dim=1).float().mean() < 0.02
+    assert (votes[0].argmax(dim=1) == digits.y_test).float().mean() > 0.9
+
+
+@needs_kernel
+def test_the_number_of_threads_changes_no_bit():
+    inputs, labels = records("convolutional")
+    before = torch.get_num_threads()
+    made = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        made.append(train("convolutional", inputs, labels)[0])
+    torch.set_num_threads(before)
+    assert changed(made[0], made[1]) == changed(made[0], made[2]) == []
+    assert torch.equal(made[0].votes(inputs), made[2].votes(inputs))
+
+
+@pytest.mark.parametrize("kind", ["convolutional", "portable"])
+def test_what_is_not_a_number_votes_for_one_class(kind):
+    inputs, labels = records(kind)
+    with switched(kind == "convolutional"):
+        ensemble, _ = train(kind, torch.full_like(inputs, torch.nan), labels)
+        assert ensemble.parameters["bias3"].isnan().all()
+        assert (ensemble.predict(inputs) == 0).all()
 
 
 def test_teachers_learn():
@@ -361,13 +458,13 @@ def test_inputs_of_another_shape_are_refused():
         ensemble.votes(torch.zeros(2, 1, 9, 8))
 
 
-@pytest.mark.parametrize("shape", [(64,), (8, 8), (1, 8, 30), (1, 30, 8), (1, 9, 9), (1, 10, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(64,), (8, 8), (1, 8, 30), (1, 30, 8)], ids=str)
 def test_images_too_small_for_a_network_are_refused(shape):
     with pytest.raises(UserError, match="Convolutional teachers need images of shape"):
         new_networks(2, shape, CLASSES, 0)
 
 
-@pytest.mark.parametrize("shape", [(1, 11, 11), (3, 12, 19), (1, 28, 28)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 9, 9), (3, 12, 19), (1, 28, 28)], ids=str)
 def test_networks_fit_the_images_they_are_made_for(shape):
     inputs = torch.rand(6, *shape, generator=torch.Generator().manual_seed(0))
     partition = Partition.of(inputs, torch.arange(6), 2, places=6)
@@ -475,6 +572,15 @@ def test_a_damaged_ensemble_is_refused_in_one_line(damage, files, tmp_path):
         load_ensemble(folder)
     assert "\n" not in str(refused.value)
     assert str(folder) in str(refused.value) or "Scattering is for images" in str(refused.value)
+
+
+def test_networks_of_another_form_are_refused(files, tmp_path):
+    description = json.loads(files["convolutional"][JSON])
+    for network in ("of other layers", None):
+        (tmp_path / JSON).write_text(json.dumps({**description, "network": network}))
+        (tmp_path / WEIGHTS).write_bytes(files["convolutional"][WEIGHTS])
+        with pytest.raises(UserError, match=r"networks of another form.*train the teachers again"):
+            load_ensemble(tmp_path)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
