@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from accounting import BudgetExceeded, PrivacyBudget, UnreachableBudget, UserError
+from dpml.audit.command import audit
 from dpml.config import DPSGDRun
 from dpml.options import options_from, typed
 from dpml.pate.config import PATERun
@@ -115,7 +116,7 @@ def train_dpsgd(output: Path | None, **values: Any) -> int:
     """
     from dpml.dpsgd import run_dpsgd
 
-    run = DPSGDRun(**_configuration("dpsgd", typed(values)))
+    run = DPSGDRun(**configuration("dpsgd", typed(values)))
     return _trained(run, output, "dpsgd", run_dpsgd)
 
 
@@ -130,7 +131,7 @@ def train_pate(output: Path | None, **values: Any) -> int:
     """
     from dpml.pate.trainer import run_pate
 
-    run = PATERun(**_configuration("pate", typed(values)))
+    run = PATERun(**configuration("pate", typed(values)))
     return _trained(run, output, "pate", run_pate)
 
 
@@ -159,7 +160,7 @@ def _trained(run: Any, output: Path | None, method: str, train_run: Callable[...
     return {"completed": OK, "stopped": INTERRUPTED}.get(result.status, FAILED)
 
 
-def _configuration(method: str, given: dict[str, Any]) -> dict[str, Any]:
+def configuration(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """What was typed, over the data set's default recipe."""
     from dpml.registry import default_run
 
@@ -280,6 +281,7 @@ def predict(
 
 dpml.add_command(account)
 dpml.add_command(calibrate)
+dpml.add_command(audit)
 
 
 # ---------------------------------------------------------------- recipes

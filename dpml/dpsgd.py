@@ -52,7 +52,7 @@ def run_dpsgd(
         BudgetExceeded, UnreachableBudget: if the budget cannot be met.
     """
     data = load(run.dataset, classes=run.classes, image_size=run.size)
-    run = replace(run, model=_model_name(run, data))
+    run = replace(run, model=model_name(run, data))
     # The weights' seed must not touch the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -219,7 +219,8 @@ def _mechanism(
     return SampledGaussianMechanism(sampler, clipping, noise, engine)
 
 
-def _model_name(run: DPSGDRun, data: LabeledData) -> str:
+def model_name(run: DPSGDRun, data: LabeledData) -> str:
+    """The model that a run names, or the one that suits its data."""
     if run.model != "auto":
         return run.model
     is_image = len(data.example_shape) == 3 and min(data.example_shape[1:]) >= 4
