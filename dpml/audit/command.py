@@ -96,7 +96,11 @@ def _shown(report: AuditReport, output: Path) -> int:
     accounted = f"{report.epsilon:.4f} at δ = {report.delta:g}"
     rows = {"accounted ε": f"{accounted} (upper bound), {report.epsilon_lower:.4f} (lower)"}
     for bound in report.bounds:
-        at = "" if bound.delta == report.delta else f" at δ = {bound.delta:.2g} (accounted {bound.accounted:.4f})"
+        at = (
+            ""
+            if bound.delta == report.delta
+            else f" at δ = {bound.delta:.2g} (accounted {bound.accounted:.4f})"
+        )
         assumed = f", assuming {bound.assumes}" if bound.assumes else ", assuming nothing"
         rows[bound.method] = f"ε ≥ {bound.epsilon:.4f}{at}{assumed}"
     if report.checks:

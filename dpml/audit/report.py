@@ -165,7 +165,7 @@ class AuditReport:
         # Imported here: it takes a second. Figure alone leaves the caller's backend and settings as they are.
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(9, 1.7 + 0.7 * len(self.bounds)), dpi=150, layout="constrained")
+        figure = Figure(figsize=(9, 1.7 + 0.8 * len(self.bounds)), dpi=150, layout="constrained")
         axes = figure.subplots()
         values = [value for b in self.bounds for value in (b.epsilon, b.accounted) if math.isfinite(value)]
         right = 1.15 * max(values, default=0.0) or 1.0
@@ -181,7 +181,7 @@ class AuditReport:
             if math.isfinite(bound.accounted):
                 axes.plot([bound.accounted] * 2, [row - 0.36, row + 0.36], color=_INK, linewidth=2.2)
                 axes.annotate(f"{bound.accounted:.3g}", (bound.accounted, row), color=_INK, **place)
-        names = [f"{b.method}\nat δ = {b.delta:.2g}, assumes {b.assumes or 'nothing'}" for b in self.bounds]
+        names = [f"{b.method}\nat δ = {b.delta:.2g}\nassumes {b.assumes or 'nothing'}" for b in self.bounds]
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(0, 1.08 * right)
