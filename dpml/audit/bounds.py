@@ -24,9 +24,9 @@ _PRECISION = 1e-6
 def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
     """Bound the probability of this many right guesses, or more, after an (ε, δ)-DP algorithm.
 
-    Steinke, Nasr & Jagielski 2023, "Privacy auditing with one (1) training run", Theorem 5.2: let each of m
-    canaries be in the data by a fair coin of its own, and let r guesses, made of the output alone, name a
-    canary and its coin. Then P[v or more are right] ≤ P[W ≥ v] + 2·m·δ·α, where W is binomial with r trials
+    Steinke, Nasr & Jagielski 2023, "Privacy auditing with one (1) training run" (arXiv:2305.08846), Theorem
+    5.2 in the form of Corollary 5.4: let each of m canaries be in the data by a fair coin of its own, and let r
+    guesses, made of the output alone, name a canary and its coin. Then P[v or more are right] ≤ P[W ≥ v] + 2·m·δ·α, where W is binomial with r trials
     of probability e^ε/(1 + e^ε), and α = max over i = 1 … v of P[v > W ≥ v − i]/i.
 
     Args:
@@ -50,7 +50,7 @@ def one_run_epsilon(canaries: int, guesses: int, correct: int, delta: float, bet
     """The ε up to which `correct` right guesses of `guesses` refute (ε, δ)-DP. 0 if they refute nothing.
 
     Guarantee: if the algorithm is (ε, δ)-DP, the result is above ε with a probability of at most β
-    (Steinke, Nasr & Jagielski 2023, Theorem 5.2, inverted). It assumes nothing else.
+    (Steinke, Nasr & Jagielski 2023, Corollary 5.4, inverted). It assumes nothing else.
 
     Raises:
         UserError: for numbers that cannot be.
@@ -141,7 +141,7 @@ def clopper_pearson_epsilon(
 def guess_counts(canaries: int) -> list[int]:
     """How many guesses are tried: all canaries, half of them, and so on down to 16 at least.
 
-    Which of them does best is not known beforehand, so each gets an equal share of β.
+    Which of them does best is not known beforehand, so each gets an equal share of β (a union bound).
     """
     counts = [canaries]
     while counts[-1] >= 32:

@@ -29,6 +29,8 @@ from dpml.randomness import Randomness
 from dpml.report import TrainingResult
 from dpml.tracking import Scalars, Tracker
 
+_MOST_SCORES = 2 * 10**8
+
 
 @dataclass
 class _Start:
@@ -63,6 +65,9 @@ def audit_dpsgd(
     place for each canary on top. Gradient-space canaries add a parameter each, which no other record moves
     and the model's outputs do not depend on.
 
+    An audit is a training run on the user's records, and costs them their ε once more. All that it reports
+    follows from that run's releases and from the canaries, so this ε covers it too.
+
     Args:
         run: A complete configuration, with privacy and a fixed clip norm.
         config: How to audit.
@@ -91,6 +96,11 @@ def audit_dpsgd(
         sampling_probability=run.sampling_probability,
         neighboring_relation=run.neighboring_relation,
     )
+    if config.canary == "gradient" and sampling.steps * config.canaries > _MOST_SCORES:
+        raise UserError(
+            f"{config.canaries:,} canaries in {sampling.steps:,} steps make more than {_MOST_SCORES:,} "
+            "scores to keep; choose fewer canaries."
+        )
     # The same mechanism for more places: the probability goes in as a number.
     run = replace(
         run,

@@ -173,17 +173,28 @@ class AuditReport:
             length = min(bound.epsilon, right)
             axes.barh(row, length, height=0.45, color=_RED if bound.contradicts else _BLUE)
             words = "∞" if math.isinf(bound.epsilon) else f"{bound.epsilon:.3g}"
-            # At the bar's foot, where no mark is near.
-            inside = length > 0.15 * right
-            place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-            foot, ink = (0.0, "white") if inside else (length, _INK)
-            axes.annotate(words, (foot, row), color=ink, fontweight="bold", **place)
             if math.isfinite(bound.accounted):
                 axes.plot([bound.accounted] * 2, [row - 0.36, row + 0.36], color=_INK, linewidth=2.2)
-                axes.annotate(f"{bound.accounted:.3g}", (bound.accounted, row), color=_INK, **place)
+                axes.annotate(
+                    f"{bound.accounted:.3g}",
+                    (bound.accounted, row - 0.38),
+                    ha="center",
+                    va="bottom",
+                    color=_INK,
+                )
+            axes.annotate(
+                words,
+                (length, row),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                color=_RED if bound.contradicts else _BLUE,
+                fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+            )
         names = [f"{b.method}\nat δ = {b.delta:.2g}\nassumes {b.assumes or 'nothing'}" for b in self.bounds]
         axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_ylim(len(names) - 0.5, -0.65)
         axes.set_xlim(0, 1.08 * right)
         axes.set_xlabel("ε: empirical lower bound (bar), accounted upper bound (mark)", color=_INK)
         axes.spines[["top", "right"]].set_visible(False)
@@ -206,4 +217,6 @@ that fails, means that the code does not do what was accounted for.
 It does not say that no more is leaked. A better attacker may find more, so "consistent" is no proof of
 privacy, and only the accounted ε is a guarantee. A bound that assumes something is worth as much as the
 assumption. What is measured on canaries need not hold for other parameters and records.
+
+An audit of training has trained on the records, and costs them their ε once more.
 """

@@ -44,6 +44,15 @@ def test_the_tail_of_the_theorem_in_exact_fractions(canaries, guesses, correct, 
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_numbers_that_the_paper_prints():
+    # Steinke, Nasr & Jagielski 2023, Appendix D; the last one is that of Figure 11 (printed as 2.675).
+    assert one_run_p_value(100, 100, 75, math.log(3), 0.0) == pytest.approx(0.553, abs=5e-4)
+    assert one_run_epsilon(100, 100, 75, 0.0, 0.05) == pytest.approx(0.702, abs=5e-4)
+    assert one_run_epsilon(100, 100, 75, 1e-4, 0.05) == pytest.approx(0.699, abs=5e-4)
+    assert one_run_epsilon(1000, 100, 75, 1e-4, 0.05) == pytest.approx(0.673, abs=5e-4)
+    assert one_run_epsilon(100_000, 1510, 1439, 1e-5, 0.05) == pytest.approx(2.6755, abs=5e-4)
+
+
 @pytest.mark.parametrize("delta", [0.0, 1e-5, 1e-3])
 @pytest.mark.parametrize("correct", [520, 600, 900, 1000])
 def test_what_is_refuted_for_an_epsilon_is_refuted_for_all_smaller_ones(delta, correct):

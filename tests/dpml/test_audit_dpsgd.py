@@ -278,6 +278,7 @@ def test_a_bound_without_end_can_be_written_and_drawn(tmp_path):
         ({"noise_multiplier": None, "non_private": True}, {}, "claims no ε"),
         ({"clip_quantile": 0.5}, {}, "fixed clip norm"),
         ({}, {"canaries": 400, "canary": "mislabelled"}, "360 test inputs for 400"),
+        ({"epochs": 1000}, {"canaries": 100_000}, "choose fewer canaries"),
         ({"dataset": "digitz"}, {}, "did you mean 'digits'"),
     ],
 )
