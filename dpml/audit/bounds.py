@@ -25,9 +25,10 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
     """Bound the probability of this many right guesses, or more, after an (ε, δ)-DP algorithm.
 
     Steinke, Nasr & Jagielski 2023, "Privacy auditing with one (1) training run" (arXiv:2305.08846), Theorem
-    5.2 in the form of Corollary 5.4: let each of m canaries be in the data by a fair coin of its own, and let r
-    guesses, made of the output alone, name a canary and its coin. Then P[v or more are right] ≤ P[W ≥ v] + 2·m·δ·α, where W is binomial with r trials
-    of probability e^ε/(1 + e^ε), and α = max over i = 1 … v of P[v > W ≥ v − i]/i.
+    5.2 in the form of Corollary 5.4: let each of m canaries be in the data by a fair coin of its own, and let
+    r guesses, made of the output alone, name a canary and its coin. Then P[v or more are right] is at most
+    P[W ≥ v] + 2·m·δ·α, where W is binomial with r trials of probability e^ε/(1 + e^ε), and α is the largest
+    P[v > W ≥ v − i]/i over i = 1 … v.
 
     Args:
         canaries: m; those that the attacker abstains from count too.

@@ -19,7 +19,7 @@ from typing import Any
 import click
 import pytest
 
-from dpml.audit.config import AuditConfig
+from dpml.audit.config import CANARY_KINDS, AuditConfig, CanaryKind
 from dpml.audit.dpsgd import audit_dpsgd
 from dpml.audit.report import AuditReport
 from dpml.config import DPSGDRun
@@ -41,10 +41,10 @@ FACTORS = (1.0, 0.9, 0.8, 0.7, 0.5)
 _draw = GaussianNoise.draw
 
 
-def audited(factor: float, canaries: int, seed: int) -> AuditReport:
+def audited(factor: float, canaries: int, kind: CanaryKind, seed: int) -> AuditReport:
     """One run with noise of `factor` times the accounted scale."""
     run = DPSGDRun(**{**vars(RUN), "insecure_noise_seed": seed})
-    config = AuditConfig(canaries=canaries, confidence=CONFIDENCE)
+    config = AuditConfig(canaries=canaries, canary=kind, confidence=CONFIDENCE)
     with pytest.MonkeyPatch.context() as patch:
         if factor != 1:
             patch.setattr(
@@ -94,7 +94,8 @@ def row(factor: float, canaries: int, reports: list[AuditReport], seconds: float
 @click.option("--honest", default=50, help="Honest runs for each number of canaries.")
 @click.option("--faulty", default=20, help="Runs for each factor below 1 and number of canaries.")
 @click.option("--canaries", default="50,200,800", help="Numbers of canaries, with commas.")
-def main(save: Path | None, honest: int, faulty: int, canaries: str) -> None:
+@click.option("--kind", type=click.Choice(CANARY_KINDS), default="gradient", help="What is planted.")
+def main(save: Path | None, honest: int, faulty: int, canaries: str, kind: CanaryKind) -> None:
     """Audit, and print a table."""
     rows = []
     click.echo("noise canaries  runs  flagged  scale check  ε above the accounted, by bound")
@@ -102,9 +103,11 @@ def main(save: Path | None, honest: int, faulty: int, canaries: str) -> None:
         for factor in FACTORS:
             begin = time.perf_counter()
             runs = honest if factor == 1 else faulty
-            reports = [audited(factor, count, seed) for seed in range(runs)]
+            if not runs:
+                continue
+            reports = [audited(factor, count, kind, seed) for seed in range(runs)]
             rows.append(row(factor, count, reports, time.perf_counter() - begin))
-            scale = rows[-1]["check_fails"]["noise has the accounted scale"]
+            scale = rows[-1]["check_fails"].get("noise has the accounted scale", math.nan)
             above = "  ".join(f"{bound['above_accounted']:.2f}" for bound in rows[-1]["bounds"].values())
             click.echo(f"{factor:5} {count:8} {runs:5} {rows[-1]['flagged']:8.2f} {scale:12.2f}  {above}")
             if save is not None:
