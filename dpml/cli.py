@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from accounting import BudgetExceeded, PrivacyBudget, UnreachableBudget, UserError
+from dpml.audit.command import audit
 from dpml.config import DPSGDRun
 from dpml.options import options_from, typed
 from dpml.pate.config import PATERun
 from dpml.questions import account, calibrate
+from dpml.recipe_option import RECIPE, configuration
 from dpml.registry import command_entries, load_command
 from dpml.table import print_table
 from dpml.verify.command import verify
@@ -106,15 +108,8 @@ def train() -> None:
     """Train a model."""
 
 
-_RECIPE = click.option(
-    "--recipe",
-    help="A recipe by name (see 'dpml recipes') in place of a data set's default. Any flag changes it. Its "
-    "own ε and δ hold if no wish for privacy is typed.",
-)
-
-
 @train.command("dpsgd")
-@_RECIPE
+@RECIPE
 @options_from(DPSGDRun)
 @_OUTPUT
 def train_dpsgd(output: Path | None, recipe: str | None, **values: Any) -> int:
@@ -124,12 +119,12 @@ def train_dpsgd(output: Path | None, recipe: str | None, **values: Any) -> int:
     """
     from dpml.dpsgd import run_dpsgd
 
-    run = DPSGDRun(**_configuration("dpsgd", recipe, typed(values)))
+    run = DPSGDRun(**configuration("dpsgd", recipe, typed(values)))
     return _trained(run, output, "dpsgd", run_dpsgd)
 
 
 @train.command("pate")
-@_RECIPE
+@RECIPE
 @options_from(PATERun)
 @_OUTPUT
 def train_pate(output: Path | None, recipe: str | None, **values: Any) -> int:
@@ -140,7 +135,7 @@ def train_pate(output: Path | None, recipe: str | None, **values: Any) -> int:
     """
     from dpml.pate.trainer import run_pate
 
-    run = PATERun(**_configuration("pate", recipe, typed(values)))
+    run = PATERun(**configuration("pate", recipe, typed(values)))
     return _trained(run, output, "pate", run_pate)
 
 
@@ -167,37 +162,6 @@ def _trained(run: Any, output: Path | None, method: str, train_run: Callable[...
         progress.finish()  # an error must not leave the terminal without its cursor
     show_run(result.summary, output)
     return {"completed": OK, "stopped": INTERRUPTED}.get(result.status, FAILED)
-
-
-def _configuration(method: str, name: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """What was typed, over the recipe of that name, or over the data set's default recipe."""
-    from dpml.registry import default_run, method_of, recipe_entry, recipe_run
-
-    private, epsilon = not given.get("non_private", False), given.get("epsilon")
-    wishes = ("epsilon", "noise_multiplier", "delta", "non_private", "queries")
-    if name is not None:
-        run = recipe_run(recipe_entry(name), private=private, epsilon=epsilon)
-        if method_of(run) != method:
-            raise UserError(
-                f"The recipe {name!r} is for another method: dpml train {method_of(run)} --recipe {name}."
-            )
-        base = dict(vars(run))
-        if not given.keys() & set(wishes):
-            own = {wish: base[wish] for wish in wishes if base.get(wish)}
-            words = ", ".join(f"{wish.replace('_', ' ')} {value:g}" for wish, value in own.items())
-            click.echo(f"dpml: as the recipe {name} says: {words}.", err=True)
-            return {**base, **given}
-    elif "dataset" not in given:
-        raise click.UsageError("Missing option '--dataset' (or '--recipe').")
-    else:
-        recipe = default_run(method, given["dataset"], private=private, epsilon=epsilon)
-        base = {} if recipe is None else dict(vars(recipe))
-        # A recipe knows where its data is: for one of another package, the name typed is the recipe's alone.
-        given = given | ({} if recipe is None else {"dataset": recipe.dataset})
-    # The wish for privacy is the caller's alone: a recipe's own ε, δ, noise or queries never stand in for it.
-    for wish in wishes:
-        base.pop(wish, None)
-    return {**base, **given}
 
 
 def show_run(summary: dict[str, Any], output: Path) -> None:
@@ -308,6 +272,7 @@ def predict(
 dpml.add_command(account)
 dpml.add_command(calibrate)
 dpml.add_command(verify)
+dpml.add_command(audit)
 
 
 # ---------------------------------------------------------------- recipes

@@ -66,7 +66,7 @@ def run_dpsgd(
     """
     if data is None:
         data = load(run.dataset, classes=run.classes, image_size=run.size)
-    run = replace(run, model=_model_name(run, data))
+    run = replace(run, model=model_name(run, data))
     x_train, x_test = data.x_train, data.x_test
     if run.features != "none":
         x_train, x_test = features_of(run.features, data, cached=not run.no_cache)
@@ -265,7 +265,8 @@ def _input_size(inputs: Any) -> int:
     return inputs[0].numel()
 
 
-def _model_name(run: DPSGDRun, data: LabeledData) -> str:
+def model_name(run: DPSGDRun, data: LabeledData) -> str:
+    """The model that a run names, or the one that suits its data."""
     if run.model != "auto":
         return run.model
     if run.features != "none":
