@@ -33,12 +33,12 @@ class Part:
     """An elementary mechanism, which runs on all records or on a Poisson sample of them.
 
     Attributes:
-        kind: "gaussian", "laplace" or "pure" (all have a pair), "zcdp", "smooth" or "best-of" (Rényi
-            divergences alone), or "none" (no protection).
+        kind: "gaussian", "laplace" or "pure" (all have a pair), "zcdp", "smooth", "best-of", "worst-of" or
+            "all" (Rényi divergences alone), or "none" (no protection).
         numbers: Gaussian: (σ over the sensitivity,); Laplace: (scale over the sensitivity,); pure: (ε, δ);
             zCDP: (ρ,); smooth: (β, σ, shift); best-of: (mean number of runs, shape η).
         q: The probability that a record is in the sample.
-        of: What the best-of runs consists of.
+        of: What one of the best-of runs consists of, which parts the worst-of is one of, or all run.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Part:
 Parts = dict[Part, int]
 """Parts, and how often each of them runs."""
 NO_PROTECTION = Part("none")
-WITHOUT_PAIR = ("zcdp", "smooth", "best-of")
+WITHOUT_PAIR = ("zcdp", "smooth", "best-of", "worst-of", "all")
 
 
 def read(body: object, relation: str) -> Parts:
@@ -103,6 +103,11 @@ def _read(body: object, relation: str, depth: int) -> Parts:
             for member in members:
                 total.update(_read(member, relation, depth + 1))
             return dict(total)
+        case "OneOf":
+            members = body.get("events")
+            if not isinstance(members, list) or not members:
+                raise Malformed("the events of OneOf are no list of at least one")
+            return _worst([_merged(_read(member, relation, depth + 1)) for member in members])
         case "PoissonSampled":
             q = float(number("sampling_probability", high=1.0, zero=True))
             return _sampled(_merged(inside()), q, relation)
@@ -139,11 +144,23 @@ def _read(body: object, relation: str, depth: int) -> Parts:
             if not base or NO_PROTECTION in base:
                 return base
             mean, shape = number("mean_runs", low=1.0), number("shape", low=-1.0, high=1e3)
-            return {Part("best-of", (mean, shape), of=tuple(sorted(base.items(), key=repr))): 1}
+            return {Part("best-of", (mean, shape), of=_in_order(base)): 1}
         case str():
             raise CannotVerify(f"the event {kind:.40} under the relation {relation} is not covered")
         case _:
             raise Malformed("an event has no type")
+
+
+def _worst(members: list[Parts]) -> Parts:
+    """One of several, whichever costs most."""
+    distinct = list(dict.fromkeys(map(_in_order, members)))
+    if len(distinct) == 1 or any(NO_PROTECTION in member for member in members):
+        return next((member for member in members if NO_PROTECTION in member), members[0])
+    return {Part("worst-of", of=tuple((Part("all", of=member), 1) for member in distinct)): 1}
+
+
+def _in_order(parts: Parts) -> tuple[tuple[Part, int], ...]:
+    return tuple(sorted(parts.items(), key=repr))
 
 
 def _count(value: object, what: str) -> int:

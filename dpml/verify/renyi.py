@@ -66,6 +66,10 @@ def cumulant(part: Part) -> Cumulant:
             return partial(_smooth, *part.numbers)
         case "best-of":
             return _best_of(part)
+        case "worst-of" | "all":
+            members = [(cumulant(base), k) for base, k in part.of]
+            combined = max if part.kind == "worst-of" else mp.fsum
+            return lambda alpha: combined([k * of(alpha) for of, k in members])
     raise CannotVerify(f"no Rényi divergence of {'sampled ' * (part.q < 1)}{part.kind} is known here")
 
 

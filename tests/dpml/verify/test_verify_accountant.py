@@ -20,6 +20,7 @@ from accounting import (
     Laplace,
     LNMax,
     NonPrivate,
+    OneOf,
     PoissonSampled,
     PrivacyAccountant,
     Repeated,
@@ -147,6 +148,9 @@ def test_the_bracket_shrinks_with_the_width_that_is_asked_for() -> None:
         BestOfRuns(EpsilonDelta(0.1), 5.0, -0.5),
         Composed([Repeated(GNMax(20.0), 50), SmoothRelease(0.01, 20.0, 4.0)]),
         ZCDP(0.1),
+        # The first is worse at small orders, the second at large ones.
+        OneOf([Composed([Repeated(Laplace(20.0), 30)]), Gaussian(3.0), EpsilonDelta(0.4)]),
+        BestOfRuns(OneOf([Gaussian(4.0), steps(2.0, 0.05, 100)]), 10.0, 1.0),
     ],
     ids=lambda event: type(event).__name__,
 )
@@ -154,6 +158,12 @@ def test_rényi_bounds_agree_with_the_accountant_s(event: Event) -> None:
     accountant = PrivacyAccountant("rdp")
     accountant.record(event)
     assert float(bounds_of(event, 1e-5).upper) == pytest.approx(accountant.epsilon(1e-5), rel=2e-3)
+
+
+def test_one_of_several_that_cost_the_same_is_that_one() -> None:
+    same = OneOf([Gaussian(2.0), Repeated(Gaussian(2.0), 1)])
+    assert bounds_of(same, 1e-5) == bounds_of(Gaussian(2.0), 1e-5)
+    assert bounds_of(OneOf([Gaussian(2.0), NonPrivate()]), 1e-5).lower == math.inf
 
 
 def test_nothing_and_no_protection() -> None:
