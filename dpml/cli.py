@@ -23,6 +23,7 @@ import click
 
 from accounting import BudgetExceeded, PrivacyBudget, UnreachableBudget, UserError
 from dpml.config import DPSGDRun
+from dpml.ledger_commands import ledger
 from dpml.options import options_from, typed
 from dpml.pate.config import PATERun
 from dpml.questions import account, calibrate
@@ -167,7 +168,7 @@ def _configuration(method: str, given: dict[str, Any]) -> dict[str, Any]:
     recipe = default_run(method, given["dataset"], private=private, epsilon=given.get("epsilon"))
     base = {} if recipe is None else dict(vars(recipe))
     # The wish for privacy is the caller's alone: a recipe's own ε, δ, noise or queries never stand in for it.
-    for wish in ("epsilon", "noise_multiplier", "delta", "non_private", "queries"):
+    for wish in ("epsilon", "noise_multiplier", "delta", "non_private", "queries", "ledger"):
         base.pop(wish, None)
     # A recipe knows where its data is: for one from another package, the name typed is the recipe's alone.
     dataset = {} if recipe is None else {"dataset": recipe.dataset}
@@ -193,6 +194,8 @@ def _show_run(summary: dict[str, Any], output: Path) -> None:
         rows["training"] = f"{summary['train_seconds']:.1f} s"
     else:
         rows["training"] = f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s"
+    if summary["ledger"] is not None:
+        rows["ledger"] = f"{summary['ledger']['name']}, run {summary['ledger']['run_id']}"
     rows["output"] = str(output)
     rows["curves"] = f"tensorboard --logdir {shlex.quote(str(output))}"
     print_table(rows)
@@ -280,6 +283,7 @@ def predict(
 
 dpml.add_command(account)
 dpml.add_command(calibrate)
+dpml.add_command(ledger)
 
 
 # ---------------------------------------------------------------- recipes

@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accounting import Event, PrivacyAccountant, Repeated, Reservation
+from accounting.budget import Receipt
 from accounting.curve import epsilon_curve
 from accounting.statement import PrivacyFacts, Risk, statement
 from dpml.config import DPSGDConfig
+from dpml.ledger import in_summary
 from dpml.mechanism import SampledGaussianMechanism
 from dpml.outputs import SUMMARY_VERSION, RunFolder, events_record
 from dpml.planning import SamplingPlan
@@ -56,6 +58,7 @@ _SUMMARY_KEYS = (
     "noise_is_secret",
     "sensitivity_slack",
     "selection_epsilon",
+    "ledger",
     "config",
     "versions",
 )
@@ -173,13 +176,20 @@ class Report:
         return finite
 
     def finish(
-        self, model: nn.Module, status: Status, committed: Event, *, name: str, test_set_is_public: bool
+        self,
+        model: nn.Module,
+        status: Status,
+        committed: Event,
+        *,
+        name: str,
+        test_set_is_public: bool,
+        receipt: Receipt | None = None,
     ) -> TrainingResult:
-        """Write all results, of a stopped run too."""
+        """Write all results, of a stopped run too. `receipt` is that of the ledger, if one was on."""
         if status != "completed" and self.test_set is not None:
             self.accuracy = accuracy(model, self.test_set)
-        summary = self._summary(status, committed, name)
-        text = self._statement(summary, test_set_is_public)
+        summary = self._summary(status, committed, name) | {"ledger": in_summary(receipt)}
+        text = self._statement(summary, test_set_is_public, receipt)
         if self.folder is not None:
             self.folder.write_model("model.safetensors", model)
             self._write_events(committed, status)
@@ -246,7 +256,7 @@ class Report:
         accountant.record(event)
         return accountant.epsilon_bounds(self.config.delta)
 
-    def _statement(self, summary: dict[str, Any], test_set_is_public: bool) -> str:
+    def _statement(self, summary: dict[str, Any], test_set_is_public: bool, receipt: Receipt | None) -> str:
         if self.mechanism is None:
             return NO_PRIVACY
         copied = (
@@ -262,6 +272,7 @@ class Report:
                 test_set_is_public=test_set_is_public,
                 not_private_logs=self.config.log_not_private,
                 clip_quantile=self.config.clip_quantile,
+                ledger=receipt,
                 **{key: summary[key] for key in copied.split()},
             )
         )
