@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -57,8 +58,8 @@ def sketches_by_name(entries: Iterable[Entry], key: bytes) -> dict[str, list[Ske
 class LedgerAccountant(PrivacyAccountant):
     """An accountant for one data set of a ledger. Made by `Ledger.accountant`.
 
-    `reserve` looks at all that any run of any process and user has reserved, and admits the plan or refuses
-    it, in one transaction. What `fits`, `remaining`, `epsilon` and the others say is as of the last look: of
+    `reserve` admits a plan or refuses it, beside all that any run of any process and user has reserved; a
+    transaction records it. What `fits`, `remaining`, `epsilon` and the others say is as of the last look: of
     `refresh`, `reserve` or a reservation's `close`.
 
     Attributes:
@@ -86,13 +87,12 @@ class LedgerAccountant(PrivacyAccountant):
             OSError: if the ledger cannot be written; nothing is reserved then.
         """
         run_id = secrets.token_hex(6)
-        with self.file.transaction(write=True) as chain:
-            self._read(chain)
-            super().reserve(event)  # in memory; raises if it does not fit
-            plan, process = event.to_dict(), this_process()
-            entry = chain.append("reserve", self.name, run_id, plan=plan, rule=self._rule, process=process)
-            self._read(chain)
-        return LedgerReservation(self, event, entry)
+
+        def admitted() -> dict[str, Any]:
+            PrivacyAccountant.reserve(self, event)  # in memory; raises if it does not fit
+            return {"plan": event.to_dict(), "rule": self._rule, "process": this_process()}
+
+        return LedgerReservation(self, event, self._record("reserve", run_id, admitted))
 
     def reopen(self, run_id: str, event: Event) -> LedgerReservation:
         """Go on with a run that was closed, or whose process is dead, under its plan.
@@ -104,8 +104,9 @@ class LedgerAccountant(PrivacyAccountant):
             UserError: if there is no such run, it has another plan, or another process may still hold it.
             BudgetExceeded: if what it had given back was taken by other runs.
         """
-        with self.file.transaction(write=True) as chain:
-            self._read(chain)
+        leased: list[int] = []
+
+        def admitted() -> dict[str, Any]:
             run = self.data_set.runs.get(run_id)
             if run is None:
                 raise UserError(f"The ledger has no run {run_id!r} of {self.name!r} to go on with.")
@@ -116,16 +117,16 @@ class LedgerAccountant(PrivacyAccountant):
                     f"The run {run_id!r} may still be running (process {run.process.get('pid')} on "
                     f"{run.process.get('host')}); if it is not, 'dpml ledger close {run_id}'."
                 )
-            leased = run.leased if run.committed is None else run.committed
+            leased[:] = run.leased if run.committed is None else run.committed
             if run.counted != run.plan:  # it must be admitted again, beside what the others are charged with
                 rest = [other.counted for other in self.data_set.runs.values() if other is not run]
                 self._restore(rest, self._rule)
                 if not self._total:
                     self._rule = "none"
-                super().reserve(event)
-            entry = chain.append("reopen", self.name, run_id, rule=self._rule, process=this_process())
-            self._read(chain)
-        return LedgerReservation(self, event, entry, leased)
+                PrivacyAccountant.reserve(self, event)
+            return {"rule": self._rule, "process": this_process()}
+
+        return LedgerReservation(self, event, self._record("reopen", run_id, admitted), leased)
 
     def look_alikes(self, records: Iterable[bytes]) -> list[str]:
         """Remember what the data looks like, and name other data sets of the ledger that look like it.
@@ -141,6 +142,22 @@ class LedgerAccountant(PrivacyAccountant):
             if not any(np.array_equal(mine, other) for other in known):
                 chain.append("fingerprint", self.name, sketch=seal(mine, key))
         return alike(self.name, {**sketches, self.name: [mine]})
+
+    def _record(self, kind: str, run_id: str, decide: Callable[[], dict[str, Any]]) -> Entry:
+        """Append what `decide` says of the present state, which the same transaction finds unchanged.
+
+        To decide may take a while, so nobody is kept waiting meanwhile; if another run came first, it is
+        decided again.
+        """
+        while True:
+            self.refresh()
+            version, payload = self.data_set.version, decide()
+            with self.file.transaction(write=True) as chain:
+                self._read(chain)
+                if self.data_set.version == version:
+                    entry = chain.append(kind, self.name, run_id, **payload)
+                    self._read(chain)
+                    return entry
 
     def _read(self, chain: Chain) -> None:
         self._look(read_data_set(chain, self.file, self.name))

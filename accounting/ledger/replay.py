@@ -80,7 +80,7 @@ class DataSet:
         runs: By id, in the order of their reservations.
         rule: Which rule governs the budget.
         ceiling: The largest ε that was in force, if the budget was changed after a release.
-        sketches: Sealed fingerprints, see `accounting.ledger.fingerprint`.
+        version: The last entry that changed what the budget is charged with.
     """
 
     name: str
@@ -89,7 +89,7 @@ class DataSet:
     runs: dict[str, Run] = field(default_factory=dict)
     rule: Rule = "none"
     ceiling: float | None = None
-    sketches: list[str] = field(default_factory=list)
+    version: int = 0
 
     @property
     def caveat(self) -> str:
@@ -162,10 +162,13 @@ def replay(entries: Iterable[Entry], name: str | None = None, *, check: bool = F
     """
     sets: dict[str, DataSet] = {}
     for entry in entries:
-        if entry.kind == "ledger" or (name is not None and entry.name != name):
+        spends_nothing = entry.kind in ("ledger", "fingerprint")
+        if spends_nothing or (name is not None and entry.name != name):
             continue
         try:
             _ENTRIES[entry.kind](sets, entry, check)
+            if entry.kind != "lease":
+                sets[entry.name].version = entry.seq
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Mistake(entry.seq, str(error) or type(error).__name__) from error
     return sets
@@ -242,17 +245,12 @@ def _reopen(sets: dict[str, DataSet], entry: Entry, check: bool) -> None:
     known.rule = run.rule
 
 
-def _fingerprint(sets: dict[str, DataSet], entry: Entry, _check: bool) -> None:
-    sets[entry.name].sketches.append(entry.payload["sketch"])
-
-
 _ENTRIES = {
     "budget": _budget,
     "reserve": _reserve,
     "lease": _lease,
     "close": _close,
     "reopen": _reopen,
-    "fingerprint": _fingerprint,
 }
 
 
