@@ -36,7 +36,7 @@ def is_dead(process: Mapping[str, Any]) -> bool | None:
 def _place() -> dict[str, Any]:
     """Where a process number means something: machine, boot, space. None where the system does not tell."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         space = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         boot, space = None, None

@@ -282,7 +282,9 @@ def test_a_raised_budget_frees_what_one_plan_had_taken(ledger: Ledger) -> None:
 # ---------------------------------------------------------------- names and mistakes
 
 
-@pytest.mark.parametrize("name", ["a", "patients-2026", "Übergröße", "患者", "a b", "x" * 200, "🙂", "a'b\"c;--"])
+@pytest.mark.parametrize(
+    "name", ["a", "patients-2026", "Übergröße", "患者", "a b", "x" * 200, "🙂", "a'b\"c;--"]
+)
 def test_names(tmp_path: Path, name: str) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
     ledger.declare(name, BUDGET)
@@ -299,7 +301,9 @@ def test_two_spellings_of_one_name_are_one(ledger: Ledger) -> None:
     assert ledger.accountant("Mu\u0308ller").name == "M\u00fcller"
 
 
-@pytest.mark.parametrize("name", ["", " ", " a", "a\n", "a\0b", "\ud800", "x" * 201, None, 3, b"a", "\u202eabc"])
+@pytest.mark.parametrize(
+    "name", ["", " ", " a", "a\n", "a\0b", "\ud800", "x" * 201, None, 3, b"a", "\u202eabc"]
+)
 def test_impossible_names_get_one_line(ledger: Ledger, name: Any) -> None:
     for refused in (lambda: ledger.declare(name, BUDGET), lambda: check_name(name)):
         with pytest.raises(UserError, match="name in the ledger must be 1 to 200 printable") as error:
