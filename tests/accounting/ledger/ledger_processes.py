@@ -32,7 +32,7 @@ def die() -> None:
 
 
 def killed_at(kind: str, count: int, *, before: bool) -> None:
-    """Arrange to be killed around the `count`-th append of a kind: before it, or before its transaction ends."""
+    """Arrange to be killed around the `count`-th append of a kind: before it, or in its transaction."""
     append, seen = Chain.append, [0]
 
     def dying(self: Chain, what: str, *args: Any, **payload: Any) -> Any:
@@ -92,7 +92,7 @@ def small_disk(ledger: Ledger, released: Path) -> None:
                 with released.open("a") as file:
                     file.write("x")
         except OSError as error:
-            assert "cannot be used" in str(error)
+            assert "cannot be used" in str(error)  # noqa: PT017
         else:
             raise AssertionError("the disk was not full")
         try:

@@ -1,4 +1,4 @@
-"""The ledger's rules: what is admitted, leased, given back, changed, refused; and that it agrees with memory."""
+"""The ledger's rules: what is admitted, leased, given back, changed and refused, as it is in memory."""
 
 import random
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_budgets_of_two_data_sets_are_apart(ledger: Ledger) -> None:
 def test_a_plan_for_the_whole_budget_leaves_nothing(ledger: Ledger) -> None:
     ledger.accountant("patients").record(Gaussian(1.6))
     assert ledger.data_set("patients").rule == "one plan by PLD"
-    with pytest.raises(BudgetExceeded, match="'patients'.*nothing more may be admitted"):
+    with pytest.raises(BudgetExceeded, match=r"'patients'.*nothing more may be admitted"):
         ledger.accountant("patients").record(Gaussian(1e6))
     spent, reserved = ledger.data_set("patients").spent()
     assert spent == reserved == pytest.approx(ledger.accountant("patients").epsilon(1e-5))
