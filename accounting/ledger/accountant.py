@@ -16,7 +16,7 @@ from accounting.budget import BudgetExceeded, Receipt, ReservationError
 from accounting.errors import UserError
 from accounting.events import Event
 from accounting.ledger.file import Chain, Entry, LedgerBroken, LedgerFile
-from accounting.ledger.fingerprint import Sketch, alike, key_path, read_key, seal, sketch, unseal
+from accounting.ledger.fingerprint import Sketch, alike, read_key, seal, sketch, unseal
 from accounting.ledger.process import is_dead, this_process
 from accounting.ledger.replay import DataSet, Mistake, replay
 
@@ -134,7 +134,7 @@ class LedgerAccountant(PrivacyAccountant):
         See `accounting.ledger.fingerprint`. It is computed from private records without noise: for the eyes
         of whoever may see them, and for no file but the ledger, where it is sealed.
         """
-        key = read_key(key_path(self.file.path))
+        key = read_key(self.file.path)
         mine = sketch(records, key)
         with self.file.transaction(write=True) as chain:
             sketches = sketches_by_name(chain.entries(), key)
@@ -170,12 +170,12 @@ class LedgerAccountant(PrivacyAccountant):
 
     def _refusal(self, event: Event) -> BudgetExceeded:
         error = super()._refusal(event)
-        dead = [run_id for run_id, run in self.data_set.runs.items() if run.status == "dead"]
-        hint = (
-            f" 'dpml ledger close {dead[0]}' gives back what a dead run has reserved and not used."
-            if dead and self._rule == "Rényi filter"
-            else ""
-        )
+        dead = [
+            run_id
+            for run_id, run in self.data_set.runs.items()
+            if run.status == "dead" and (self._rule == "Rényi filter" or not any(run.leased))
+        ]
+        hint = f" 'dpml ledger close {dead[0]}' gives back what a dead run has not used." if dead else ""
         error.args = (f"Ledger, {self.name!r}: {error}{hint}",)
         return error
 

@@ -157,7 +157,9 @@ class LedgerFile:
             UserError: if it cannot be made.
         """
         try:
-            self.path.parent.mkdir(mode=0o770 if group else 0o700, parents=True, exist_ok=True)
+            if not self.path.parent.exists():
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self.path.parent.chmod(0o770 if group else 0o700)
             try:
                 file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             except FileExistsError:

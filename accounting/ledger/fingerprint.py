@@ -5,7 +5,7 @@ number of appearances do not matter, and where two sketches overlap, the share o
 which share of the smaller data set's records is in the larger one. The sketch is stored under a pad that
 SHAKE-256 makes of the key and a fresh nonce, at one fixed length: not even the number of records shows.
 Whoever has the key can test, with some luck, whether a record they know took part: the key lies beside the
-ledger, readable by its owner alone.
+ledger, for the same readers.
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ def key_path(ledger: Path) -> Path:
     return ledger.with_name(f"{ledger.name}.key")
 
 
-def read_key(path: Path) -> bytes:
-    """The key in a file; made, readable by its owner alone, if there is none.
+def read_key(ledger: Path) -> bytes:
+    """The key of a ledger; made, if there is none, for the owner, and for the group if the ledger is theirs too.
 
     Raises:
         UserError: if the file holds something else.
         OSError: if it cannot be read.
     """
+    path = key_path(ledger)
     if not path.exists():
         temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600 | ledger.stat().st_mode & 0o040)
             file.write(os.urandom(_KEY))
             file.flush()
             os.fsync(file.fileno())

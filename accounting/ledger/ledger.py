@@ -65,7 +65,7 @@ class Ledger:
     two names but the fingerprint, which only warns.
 
     Args:
-        path: The file; by default `default_path()`. It need not exist.
+        path: The file, on a local disk; by default `default_path()`. It need not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -199,10 +199,9 @@ class Ledger:
 
         It is computed from private records without noise: for the eyes of whoever may see them.
         """
-        path = key_path(self.path)
-        if not os.access(path, os.R_OK):
+        if not os.access(key_path(self.path), os.R_OK):
             return {}
-        sketches = sketches_by_name(self.entries(), read_key(path))
+        sketches = sketches_by_name(self.entries(), read_key(self.path))
         return {name: found for name in sketches if (found := alike(name, sketches))}
 
     def verify(self, head: str | None = None) -> Verified:

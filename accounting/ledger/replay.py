@@ -132,7 +132,7 @@ class DataSet:
         if not accountant._counts():
             return 0.0
         if self.rule == "one plan by PLD":
-            return accountant.epsilon(self.budget.delta)
+            return self.epsilon_fixed_in_advance()
         return RenyiFilter(self.budget).epsilon(accountant._counts())
 
     def require_admissible(self, event: Event, rule: Rule) -> None:

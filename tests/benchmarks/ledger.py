@@ -34,14 +34,14 @@ def cases() -> dict[str, tuple[Callable[[], Any], TensorDataset, dpml.DPSGDConfi
     digits, mnist = dpml.load("digits"), dpml.load("mnist")
     common: dict[str, Any] = {"noise_multiplier": 1.0, "delta": 1e-5, "clip_norm": 0.5, "learning_rate": 0.3}
     small = dpml.DPSGDConfig(**common, epochs=60, batch_size=512, micro_batch_size=512)
-    large = dpml.DPSGDConfig(**common, epochs=2, batch_size=512)
+    large = dpml.DPSGDConfig(**common, epochs=0.6, batch_size=256)
     return {
         "digits, softmax regression, B = 512": (
             lambda: dpml.build("linear", digits.example_shape, digits.classes),
             TensorDataset(digits.x_train, digits.y_train),
             small,
         ),
-        "MNIST, CNN, B = 512": (
+        "MNIST, CNN, B = 256": (
             lambda: dpml.build("cnn", mnist.example_shape, mnist.classes),
             TensorDataset(mnist.x_train, mnist.y_train),
             large,
@@ -134,9 +134,9 @@ def main() -> None:
     for row in rows:
         low, high = row["ratio_range"]
         print(
-            f"{row['case']}: {row['ms_per_step_without']:.2f} ms a step without, {row['ms_per_step_with']:.2f} "
-            f"with a ledger, ratio {row['ratio_median']:.4f} ({low:.4f} to {high:.4f}); "
-            f"{row['leases']} leases for {row['steps']} steps"
+            f"{row['case']}: {row['ms_per_step_without']:.2f} ms a step without, "
+            f"{row['ms_per_step_with']:.2f} with a ledger, ratio {row['ratio_median']:.4f} "
+            f"({low:.4f} to {high:.4f}); {row['leases']} leases for {row['steps']} steps"
         )
     if options.save:
         record = {"rounds": options.rounds, "entry_ms": 1e3 * entry, "rows": rows}

@@ -73,10 +73,14 @@ def test_the_ledger_names_what_looks_alike(ledger: Ledger) -> None:
 def test_the_key(ledger: Ledger) -> None:
     path = key_path(ledger.path)
     assert ledger.look_alikes() == {}
-    key = read_key(path)
-    assert key == read_key(path)
+    key = read_key(ledger.path)
+    assert key == read_key(ledger.path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.sqlite", "ledger.sqlite.key"]
+    path.unlink()
+    ledger.path.chmod(0o660)  # a ledger of its group
+    assert read_key(ledger.path) != key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
     path.write_bytes(b"")
     with pytest.raises(UserError, match="holds no key"):
         ledger.accountant("patients").look_alikes(records(0, 100))
