@@ -36,7 +36,7 @@ def key_path(ledger: Path) -> Path:
 
 
 def read_key(ledger: Path) -> bytes:
-    """The key of a ledger; made, if there is none, for the owner, and for the group if the ledger is theirs too.
+    """The key of a ledger, for the same readers; made if there is none.
 
     Raises:
         UserError: if the file holds something else.

@@ -17,7 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accounting import BudgetExceeded, Gaussian, PoissonSampled, PrivacyBudget, Repeated, ReservationError
+from accounting import (
+    BudgetExceeded,
+    Gaussian,
+    PoissonSampled,
+    PrivacyBudget,
+    Repeated,
+    ReservationError,
+    UserError,
+)
 from accounting.ledger import Ledger, LedgerReservation
 from accounting.ledger.file import Chain, LedgerFile
 
@@ -177,7 +185,14 @@ def race(folder: Path, rounds: int) -> None:
     barrier = context.Barrier(2)
 
     def racer(which: int) -> None:
-        wins, crumbs = [], 0
+        wins, crumbs, made = [], 0, 0
+        for number in range(rounds):
+            barrier.wait()
+            try:
+                Ledger(folder / f"new {number}" / "l").declare("new", BUDGET)
+                made += 1
+            except UserError as error:
+                assert "already" in str(error)  # noqa: PT017
         for number in range(rounds):
             accountant = ledger.accountant(f"last {number}")
             barrier.wait()
@@ -193,7 +208,7 @@ def race(folder: Path, rounds: int) -> None:
                 accountant.record(Repeated(STEP, 500))
                 crumbs += 1
         except BudgetExceeded:
-            (folder / f"{which}.json").write_text(json.dumps({"wins": wins, "crumbs": crumbs}))
+            (folder / f"{which}.json").write_text(json.dumps({"wins": wins, "crumbs": crumbs, "made": made}))
 
     racers = [context.Process(target=racer, args=(which,)) for which in range(2)]
     for one in racers:

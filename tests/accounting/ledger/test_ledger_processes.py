@@ -67,6 +67,8 @@ def test_two_processes_never_both_take_the_last_of_a_budget(memory: Path) -> Non
     call("race", memory, ROUNDS)
     found = [json.loads((memory / f"{which}.json").read_text()) for which in range(2)]
     assert sorted(found[0]["wins"] + found[1]["wins"]) == list(range(ROUNDS))
+    assert found[0]["made"] + found[1]["made"] == ROUNDS  # of two that declare one name in a new ledger
+    assert Ledger(memory / "new 0" / "l").verify().rows == 2
     ledger = Ledger(memory / "race.sqlite")
     ledger.verify()
     for name in ledger.names():
