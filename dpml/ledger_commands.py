@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from accounting import RELATIONS, Event, PrivacyBudget, UserError
-from accounting.accountant import kinds
 from accounting.events import shown
 from accounting.ledger import DataSet, Ledger, Run
 from dpml.table import print_table
@@ -142,7 +141,7 @@ def _run(run: Run) -> dict[str, Any]:
         "host": run.entry.host,
         "time": run.entry.time,
         "rule": run.rule,
-        "parts": sum(kinds(run.plan).values()),
+        "parts": sum(run.planned),
         "released": sum(released),
         "plan": run.plan.to_dict(),
     }

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,22 +26,21 @@ LEASE_SECONDS = 2.0
 _LEASE_SHARE = 0.01  # of the run's time so far, once that is longer: few entries for long runs
 
 
-def read_data_set(chain: Chain, file: LedgerFile, name: str) -> DataSet:
+def data_set_of(entries: Sequence[Entry], path: Path, name: str) -> DataSet:
     """A data set as the entries have it.
 
     Raises:
         UserError: if it was never declared.
         LedgerBroken: if the entries do not add up.
     """
-    entries = chain.entries()
     try:
         sets = replay(entries, name)
     except Mistake as error:
-        raise LedgerBroken(file.path, error.reason, error.row) from error
+        raise LedgerBroken(path, error.reason, error.row) from error
     if name not in sets:
         known = ", ".join(dict.fromkeys(e.name for e in entries if e.kind == "budget")) or "none so far"
         raise UserError(
-            f"The ledger {str(file.path)!r} has no data set {name!r} (it has: {known:.200}); "
+            f"The ledger {str(path)!r} has no data set {name!r} (it has: {known:.200}); "
             "'dpml ledger init NAME' declares one."
         )
     return sets[name]
@@ -70,7 +70,8 @@ class LedgerAccountant(PrivacyAccountant):
     def __init__(self, file: LedgerFile, name: str) -> None:
         self.file, self.name = file, name
         with file.transaction(write=False) as chain:
-            self.data_set = read_data_set(chain, file, name)
+            self._entries = chain.entries()
+        self.data_set = data_set_of(self._entries, file.path, name)
         super().__init__(budget=self.data_set.budget, neighboring_relation=self.data_set.relation)
         self._look(self.data_set)
 
@@ -160,7 +161,8 @@ class LedgerAccountant(PrivacyAccountant):
                     return entry
 
     def _read(self, chain: Chain) -> None:
-        self._look(read_data_set(chain, self.file, self.name))
+        self._entries = chain.entries(self._entries)
+        self._look(data_set_of(self._entries, self.file.path, self.name))
 
     def _look(self, data_set: DataSet) -> None:
         state = data_set.accountant()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -95,15 +95,20 @@ class Chain:
     def __init__(self, path: Path, base: sqlite3.Connection) -> None:
         self._path, self._base = path, base
 
-    def entries(self) -> list[Entry]:
+    def entries(self, known: Sequence[Entry] = ()) -> list[Entry]:
         """All entries, checked against the chain.
+
+        Args:
+            known: What an earlier call found: if its last entry is still there, only later ones are read.
 
         Raises:
             LedgerBroken: naming the first that is wrong.
         """
-        found, previous = [], GENESIS
-        rows = self._base.execute(f"SELECT {', '.join(_COLUMNS)} FROM entries ORDER BY seq")  # noqa: S608
-        for number, (*columns, digest) in enumerate(rows, start=1):
+        found = list(known) if known and self.holds(known[-1].seq, known[-1].hash) else []
+        previous = found[-1].hash if found else GENESIS
+        columns_of = f"SELECT {', '.join(_COLUMNS)} FROM entries WHERE seq > ? ORDER BY seq"  # noqa: S608
+        rows = self._base.execute(columns_of, (len(found) or -(2**62),))
+        for number, (*columns, digest) in enumerate(rows, start=len(found) + 1):
             if columns[0] != number:
                 raise LedgerBroken(self._path, f"it is missing (next is {columns[0]})", number)
             if columns[-1] != previous or digest != _digest(columns) or len(digest) != len(GENESIS):

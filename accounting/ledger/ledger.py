@@ -11,7 +11,7 @@ from accounting.budget import PrivacyBudget
 from accounting.errors import UserError
 from accounting.events import NeighboringRelation, check_relation, shown
 from accounting.filter import RenyiFilter
-from accounting.ledger.accountant import LedgerAccountant, read_data_set, sketches_by_name
+from accounting.ledger.accountant import LedgerAccountant, data_set_of, sketches_by_name
 from accounting.ledger.file import Chain, Entry, LedgerBroken, LedgerFile
 from accounting.ledger.fingerprint import alike, key_path, read_key
 from accounting.ledger.process import is_dead
@@ -127,7 +127,7 @@ class Ledger:
         """
         name = check_name(name)
         with self._file.transaction(write=True) as chain:
-            known = read_data_set(chain, self._file, name)
+            known = data_set_of(chain.entries(), self.path, name)
             budget = PrivacyBudget(epsilon, known.budget.delta if delta is None else delta)
             spent = known.accountant()._counts()
             if spent and not despite_releases:
@@ -170,7 +170,7 @@ class Ledger:
             name = next((e.name for e in chain.entries() if e.run == run_id and e.kind == "reserve"), None)
             if name is None:
                 raise UserError(f"The ledger has no run {shown(run_id)}; 'dpml ledger show' lists them.")
-            run = read_data_set(chain, self._file, name).runs[run_id]
+            run = data_set_of(chain.entries(), self.path, name).runs[run_id]
             if run.committed is not None:
                 raise UserError(f"The run {run_id} is closed already.")
             if is_dead(run.process) is False:
@@ -191,8 +191,7 @@ class Ledger:
 
     def data_set(self, name: str) -> DataSet:
         """What a data set has spent, and its runs."""
-        with self._file.transaction(write=False) as chain:
-            return read_data_set(chain, self._file, check_name(name))
+        return data_set_of(self.entries(), self.path, check_name(name))
 
     def look_alikes(self) -> dict[str, list[str]]:
         """Which data sets look like which, by their fingerprints; empty without the key.

@@ -50,6 +50,11 @@ class Run:
         """
         return Event.from_dict(self.entry.payload["plan"])
 
+    @cached_property
+    def planned(self) -> list[int]:
+        """Parts of each kind of the plan."""
+        return list(kinds(self.plan).values())
+
     @property
     def released(self) -> Event:
         """What may have been released: what was committed by a run that is closed, else what was leased."""
@@ -208,7 +213,7 @@ def _reserve(sets: dict[str, DataSet], entry: Entry, check: bool) -> None:
     run = Run(entry.run, entry, entry.payload["rule"], entry.payload["process"])
     if check:
         known.require_admissible(run.plan, run.rule)
-    run.leased = [0] * len(kinds(run.plan))
+    run.leased = [0] * len(run.planned)
     run.floor = list(run.leased)
     known.runs[entry.run], known.rule = run, run.rule
 
@@ -217,7 +222,7 @@ def _lease(sets: dict[str, DataSet], entry: Entry, _check: bool) -> None:
     run, leased = sets[entry.name].runs[entry.run], entry.payload["leased"]
     if run.committed is not None:
         raise ValueError("it leases parts of a run that is closed")
-    _require_between(run.leased, leased, list(kinds(run.plan).values()), "leases")
+    _require_between(run.leased, leased, run.planned, "leases")
     run.leased = leased
 
 
