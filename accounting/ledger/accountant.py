@@ -21,8 +21,9 @@ from accounting.ledger.fingerprint import Sketch, alike, read_key, seal, sketch,
 from accounting.ledger.process import is_dead, this_process
 from accounting.ledger.replay import DataSet, Mistake, replay
 
-LEASE_SECONDS = 2.0
+LEASE_SECONDS = 3.0
 """How long a leased block of commits lasts, about: a crash forfeits one block."""
+_GROWTH = 8  # of a block over the one before, while the speed is not known well
 _LEASE_SHARE = 0.01  # of the run's time so far, once that is longer: few entries for long runs
 
 
@@ -191,10 +192,10 @@ class _Pace:
     block: int = 0
 
     def next(self, now: float) -> int:
-        """The next block's size: at most twice the last one."""
+        """The next block's size."""
         lasted = max(now - self.since, 1e-9)
         wanted = max(LEASE_SECONDS, _LEASE_SHARE * (now - self.began))
-        self.block = max(1, min(2 * self.block, int(self.block * wanted / lasted)))
+        self.block = max(1, min(_GROWTH * self.block, int(self.block * wanted / lasted)))
         self.since = now
         return self.block
 

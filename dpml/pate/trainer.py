@@ -199,15 +199,25 @@ def train_pate(
 
 
 def _recorded_run(folder: str | os.PathLike[str] | None) -> str | None:
-    """The id under which a ledger knows the run in a folder, if one does."""
+    """The id under which a ledger knows the run in a folder, if one does.
+
+    Raises:
+        UserError: if the folder has lost the answers that the ledger has paid for: they would be drawn again.
+    """
     path = Path(folder or ".") / CONFIG_FILE
     try:
         receipt = json.loads(path.read_text(encoding="utf-8")).get("ledger")
-        return None if receipt is None else str(receipt["run_id"])
+        run_id = None if receipt is None else str(receipt["run_id"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{str(path)!r} is damaged: {error!s:.100}") from error
+    if run_id is not None and not path.with_name(_BOOK).exists():
+        raise UserError(
+            f"The run {run_id} of the ledger has lost its answers, {str(path.with_name(_BOOK))!r}; "
+            "start a new run."
+        )
+    return run_id
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ def cases() -> dict[str, tuple[Callable[[], Any], TensorDataset, dpml.DPSGDConfi
     digits, mnist = dpml.load("digits"), dpml.load("mnist")
     common: dict[str, Any] = {"noise_multiplier": 1.0, "delta": 1e-5, "clip_norm": 0.5, "learning_rate": 0.3}
     small = dpml.DPSGDConfig(**common, epochs=60, batch_size=512, micro_batch_size=512)
-    large = dpml.DPSGDConfig(**common, epochs=0.6, batch_size=256)
+    large = dpml.DPSGDConfig(**common, epochs=4, batch_size=256)
     return {
         "digits, softmax regression, B = 512": (
             lambda: dpml.build("linear", digits.example_shape, digits.classes),

@@ -269,6 +269,10 @@ def test_a_pate_run_goes_on_in_the_ledger(
     [run] = ledger.data_set("patients").runs.values()
     assert run.committed == [5]
     monkeypatch.setattr(trainer, "train_student", original)
+    book = tmp_path / "a" / "answers.sqlite"
+    book.rename(tmp_path / "elsewhere")
+    assert "has lost its answers" in call("resume", tmp_path / "a").error()
+    (tmp_path / "elsewhere").rename(book)
     outcome = call("resume", tmp_path / "a")
     assert outcome.status == 0, outcome.err
     assert [entry.kind for entry in ledger.entries() if entry.run][-4:] == [
