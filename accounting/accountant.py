@@ -11,13 +11,13 @@ Two rules can admit events to a budget, and the first plan decides which of them
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, get_args
 
 from accounting import pld
 from accounting.atoms import Atom
-from accounting.budget import BudgetExceeded, PrivacyBudget, ReservationError
+from accounting.budget import BudgetExceeded, PrivacyBudget, Receipt, ReservationError
 from accounting.errors import UnsupportedEvent, UserError
 from accounting.events import (
     Composed,
@@ -93,8 +93,8 @@ class PrivacyAccountant:
         """Admit the whole of `event` (a plan) or nothing.
 
         The returned reservation is a context manager. Commit to it before each release. What has not been
-        committed when the block ends is given back where that is sound: under the Rényi filter and
-        without a budget. One plan by PLD stays spent in full.
+        committed when the block ends is given back where that is sound: under the Rényi filter, without a
+        budget, and where nothing at all was committed. Else one plan by PLD stays spent in full.
 
         Raises:
             BudgetExceeded: if it does not fit; nothing is recorded then.
@@ -136,7 +136,7 @@ class PrivacyAccountant:
 
     @property
     def rule(self) -> Rule:
-        """Which rule governs the budget; "none" before the first plan and without a budget."""
+        """Which rule governs the budget; "none" while nothing is spent or reserved, and without a budget."""
         return self._rule
 
     # ------------------------------------------------------------ answers
@@ -189,6 +189,13 @@ class PrivacyAccountant:
     def _counts(self) -> dict[Atom, int]:
         return merged(self._total)
 
+    def _restore(self, events: Iterable[Event], rule: Rule) -> None:
+        """Take over what was admitted before, and by which rule."""
+        self._events, self._total, self._rule = [], {}, rule
+        for event in events:
+            self._total = self._with(event)
+            self._events.append(event)
+
     def _replace(self, position: int, event: Event) -> None:
         """Put `event` in the place of one that was recorded."""
         old = self._events[position].atoms(self.neighboring_relation)
@@ -197,6 +204,8 @@ class PrivacyAccountant:
             self._total[atom] -= count
         self._total = {atom: count for atom, count in self._total.items() if count}
         self._events[position] = event
+        if not self._total:  # nothing was released, so the next plan is again the first
+            self._rule = "none"
 
     def _epsilon_of(self, counts: Mapping[Atom, int], delta: float) -> float:
         delta = _check_delta(delta)
@@ -261,7 +270,7 @@ class Reservation:
 
     def __init__(self, accountant: PrivacyAccountant, plan: Event, position: int) -> None:
         self.plan = plan
-        self._planned = _kinds(plan)
+        self._planned = kinds(plan)
         self._committed = dict.fromkeys(self._planned, 0)
         self.step = next(iter(self._planned)) if len(self._planned) == 1 else plan
         self.parts = sum(self._planned.values())
@@ -298,13 +307,14 @@ class Reservation:
         if not self._open:
             raise ReservationError("The reservation is closed; reserve a new plan before releasing more.")
         if kind not in self._planned:
-            kinds = ", ".join(map(str, self._planned))
-            raise ReservationError(f"The plan has no part {kind}: commit one of {kinds:.200}.")
+            known = ", ".join(map(str, self._planned))
+            raise ReservationError(f"The plan has no part {kind}: commit one of {known:.200}.")
         planned, committed = self._planned[kind], self._committed[kind]
         if committed + parts > planned:
             raise ReservationError(
                 f"The plan has {planned} parts, {committed} are committed; {parts} more exceed it."
             )
+        self._secure(kind, committed + parts)
         self._committed[kind] += parts
 
     def commit_all(self) -> None:
@@ -316,16 +326,21 @@ class Reservation:
     @property
     def committed_event(self) -> Event:
         """What was committed so far, as an event."""
-        if self._committed == self._planned:
-            return self.plan
-        parts = [Repeated(event, count) for event, count in self._committed.items()]
-        return parts[0] if len(parts) == 1 else Composed(parts)
+        return part_of(self.plan, list(self._committed.values()))
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """Where the plan is recorded for good; None if that is nowhere."""
+        return None
 
     def close(self) -> None:
         """End the reservation, giving back what was not committed where that is sound."""
-        if self._open and self._accountant.rule != "one plan by PLD":
+        if self._open and (self._accountant.rule != "one plan by PLD" or self.committed == 0):
             self._accountant._replace(self._position, self.committed_event)
         self._open = False
+
+    def _secure(self, kind: Event, total: int) -> None:
+        """Make sure that `total` parts of a kind are recorded, before they count as committed."""
 
     def __enter__(self) -> Reservation:
         return self
@@ -339,13 +354,22 @@ class Reservation:
         self.close()
 
 
-def _kinds(plan: Event) -> dict[Event, int]:
+def kinds(plan: Event) -> dict[Event, int]:
     """The parts of a plan that may be committed one by one, and how many there are of each."""
-    kinds: dict[Event, int] = {}
+    found: dict[Event, int] = {}
     for member in plan.events if isinstance(plan, Composed) else (plan,):
         event, count = (member.event, member.count) if isinstance(member, Repeated) else (member, 1)
-        kinds[event] = kinds.get(event, 0) + count
-    return kinds
+        found[event] = found.get(event, 0) + count
+    return found
+
+
+def part_of(plan: Event, counts: Sequence[int]) -> Event:
+    """So many parts of a plan as an event: a count for each of its `kinds`, in their order."""
+    planned = kinds(plan)
+    if list(counts) == list(planned.values()):
+        return plan
+    parts = [Repeated(event, count) for event, count in zip(planned, counts, strict=True)]
+    return parts[0] if len(parts) == 1 else Composed(parts)
 
 
 def _check_delta(delta: float) -> float:

@@ -30,6 +30,31 @@ class PrivacyBudget:
         return f"ε = {self.epsilon:g} at δ = {self.delta:g}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What a ledger says of a run: how the run's statement is tied to the ledger's chain of entries.
+
+    Attributes:
+        name: The data set's name in the ledger.
+        run_id: The run's.
+        head: The hash of the ledger's last entry of this run, which stands for all entries before it.
+        rows: How many entries that are.
+        budget: The data set's.
+        spent: ε of all plans of the data set together, under the rule, at the budget's δ.
+        rule: Which rule governs the budget, in words.
+        caveat: What a changed budget means for the guarantee; empty if it was never changed after a release.
+    """
+
+    name: str
+    run_id: str
+    head: str
+    rows: int
+    budget: PrivacyBudget
+    spent: float
+    rule: str
+    caveat: str = ""
+
+
 class BudgetExceeded(Exception):
     """An event that does not fit in what is left of a budget. Nothing was recorded or released.
 

@@ -30,6 +30,7 @@ class RenyiFilter:
     """Thresholds at the orders Λ for one budget. It holds no state: callers pass what was spent."""
 
     def __init__(self, budget: PrivacyBudget) -> None:
+        self.budget = budget
         share = np.log(budget.delta) - np.log(len(FILTER_ORDERS))
         conversion = (log_hockey_stick_factor(FILTER_ORDERS) - share) / (FILTER_ORDERS - 1)
         self.thresholds: FloatArray = budget.epsilon - conversion

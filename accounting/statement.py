@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from accounting.budget import Receipt
 from accounting.errors import UserError
 from accounting.events import Event, NeighboringRelation
 from accounting.gdp import equivalent_mu
@@ -56,6 +57,7 @@ class GuaranteeFacts:
         risk: What an attacker can do at best; None where only Rényi divergences are known.
         test_set_is_public: Whether the test set is that of a public benchmark.
         not_private_logs: Whether private figures were logged beside the results.
+        ledger: Where the run is recorded beside all others of the same data; None if no ledger was on.
     """
 
     dataset: str
@@ -73,6 +75,7 @@ class GuaranteeFacts:
     risk: Risk | None
     test_set_is_public: bool
     not_private_logs: bool
+    ledger: Receipt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +321,8 @@ def _assembled(f: GuaranteeFacts, words: _Words) -> str:
         if f.not_private_logs
         else ""
     )
+    others = "other releases of the same records, since no ledger was on; " if f.ledger is None else ""
+    ledger = "" if f.ledger is None else _recorded(f.ledger)
     rows = [
         *words.rows,
         ("accountant", _ACCOUNTANTS[f.accountant]),
@@ -344,7 +349,7 @@ likely with the record as without it, up to δ.
 `summary.json`.{hidden}
 - **What is covered**: {words.covered}. {test}
 - **What is not covered**: records that appear several times or belong to the same person (protection weakens \
-with the number of such records); {words.choices}.{words.not_covered}{logs}
+with the number of such records); {others}{words.choices}.{words.not_covered}{ledger}{logs}
 
 | | |
 | --- | --- |
@@ -353,6 +358,18 @@ with the number of such records); {words.choices}.{words.not_covered}{logs}
 The events behind these figures are in `privacy_events.json`; \
 `dpml account --events privacy_events.json --delta {f.delta:g}` recomputes ε.
 """
+
+
+def _recorded(receipt: Receipt) -> str:
+    """What a ledger says: the budget of all runs together, and where the chain of its entries stood."""
+    caveat = f" {receipt.caveat}" if receipt.caveat else ""
+    return (
+        f"\n- **Other releases of the same data**: a ledger was on. All runs of the data set `{receipt.name}` "
+        f"together satisfy its budget of {receipt.budget} (by the rule: {receipt.rule}), of which ε = "
+        f"{_up(receipt.spent)} is spent or reserved.{caveat} This is the run {receipt.run_id}; entry "
+        f"{receipt.rows:,} of the ledger has the hash `{receipt.head}`, and `dpml ledger verify --head` looks "
+        "for it."
+    )
 
 
 _ENDS = {

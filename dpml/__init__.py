@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UserError,
         calibrate_noise_multiplier,
     )
+    from accounting.ledger import Ledger
     from dpml.adaptive import AdaptiveClipping
     from dpml.averaging import WeightAverage
     from dpml.config import DPSGDConfig, DPSGDRun
@@ -48,6 +49,7 @@ _HOMES = {
     "Examples": "dpml.data.batches",
     "GaussianNoise": "dpml.noise",
     "BookKeepingEngine": "dpml.gradients",
+    "Ledger": "accounting.ledger",
     "OpacusEngine": "dpml.gradients",
     "PATEConfig": "dpml.pate.config",
     "PATERun": "dpml.pate.config",
@@ -81,6 +83,7 @@ __all__ = [
     "DPSGDRun",
     "Examples",
     "GaussianNoise",
+    "Ledger",
     "OpacusEngine",
     "PATEConfig",
     "PATERun",

@@ -24,6 +24,7 @@ import click
 from accounting import BudgetExceeded, PrivacyBudget, UnreachableBudget, UserError
 from dpml.audit.command import audit
 from dpml.config import DPSGDRun
+from dpml.ledger_commands import ledger
 from dpml.options import options_from, typed
 from dpml.pate.config import PATERun
 from dpml.questions import account, calibrate
@@ -184,6 +185,8 @@ def show_run(summary: dict[str, Any], output: Path) -> None:
         rows["training"] = f"{summary['train_seconds']:.1f} s"
     else:
         rows["training"] = f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s"
+    if summary["ledger"] is not None:
+        rows["ledger"] = f"{summary['ledger']['name']}, run {summary['ledger']['run_id']}"
     rows["output"] = str(output)
     rows["curves"] = f"tensorboard --logdir {shlex.quote(str(output))}"
     print_table(rows)
@@ -273,6 +276,7 @@ dpml.add_command(account)
 dpml.add_command(calibrate)
 dpml.add_command(verify)
 dpml.add_command(audit)
+dpml.add_command(ledger)
 
 
 # ---------------------------------------------------------------- recipes

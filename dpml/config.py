@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from accounting import Method, NeighboringRelation, PrivacyBudget, UserError
 from accounting.accountant import METHODS
 from accounting.events import check_count, check_number, check_relation
+from accounting.ledger import check_name
 
 Device = Literal["auto", "cpu", "cuda"]
 ClippingMode = Literal["flat", "per-layer", "automatic"]
@@ -47,6 +48,9 @@ class PrivateConfig:
     """How ε is computed: pld (tight) or rdp."""
     log_not_private: bool = False
     """Also log figures that are NOT covered by ε, to files readable by their owner alone."""
+    ledger: str | None = None
+    """Name of the data set in the ledger (see `dpml ledger`), whose budget for all runs then has to pay for
+    this one too. By default no ledger knows of the run."""
 
     def __post_init__(self) -> None:
         self._check_privacy()
@@ -55,6 +59,11 @@ class PrivateConfig:
         switch_field(self, "log_not_private")
         choice_field(self, "device", ("auto", "cpu", "cuda"))
         choice_field(self, "accountant", METHODS)
+
+        if self.ledger is not None:
+            object.__setattr__(self, "ledger", check_name(self.ledger))
+            if self.non_private:
+                raise UserError("No budget pays for a run without noise: leave out ledger or non_private.")
 
     def _check_privacy(self) -> None:
         switch_field(self, "non_private")

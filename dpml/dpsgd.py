@@ -34,6 +34,7 @@ from dpml.features import features_of
 from dpml.gradients import BookKeepingEngine, Clipping, Engine, Loss, cross_entropy
 from dpml.gradients.engine import plain_sum, trainable_parameters
 from dpml.gradients.models import make_trainable, require_example_losses, require_trainable
+from dpml.ledger import closed, warn_of_look_alikes
 from dpml.mechanism import SampledGaussianMechanism, set_gradients
 from dpml.noise import GaussianNoise
 from dpml.outputs import RunFolder
@@ -190,6 +191,7 @@ def train_dpsgd(
     status: Status = "completed"
     layers = _random(config, "layers")
     devices = [device] if device.type == "cuda" else []
+    warn_of_look_alikes(accountant, train_set)
     with accountant.reserve(plan) as reservation, torch.random.fork_rng(devices=devices):
         report.start()
         try:
@@ -224,7 +226,14 @@ def train_dpsgd(
         if average is not None:
             average.copy_to(model)
         committed = reservation.committed_event if mechanism is not None else plan
-        return report.finish(model, status, committed, name=name, test_set_is_public=test_set_is_public)
+        return report.finish(
+            model,
+            status,
+            committed,
+            name=name,
+            test_set_is_public=test_set_is_public,
+            receipt=closed(reservation),
+        )
 
 
 def _mechanism(

@@ -19,6 +19,7 @@ from accounting import (
     UserError,
 )
 from accounting.events import check_count, check_number
+from accounting.ledger import Ledger, LedgerAccountant
 from dpml.config import PrivateConfig
 
 ENGINE_SLACK = 1e-5
@@ -51,10 +52,19 @@ def accountant_for(
     """The accountant of a run: a new one with the configured budget, or one that is shared with other runs.
 
     Raises:
-        UserError: if the shared one is for another relation, for which the run's plan would mean another ε.
+        UserError: if the shared one is for another relation, for which the run's plan would mean another ε,
+            or not that of the configured ledger; if there is no such ledger or no such data set in it.
     """
-    if shared is None:
+    if shared is None and config.ledger is None:
         return PrivacyAccountant(config.accountant, budget=config.budget, neighboring_relation=relation)
+    if shared is None:
+        shared = Ledger().accountant(str(config.ledger))
+    elif config.ledger is not None and not (
+        isinstance(shared, LedgerAccountant) and shared.name == config.ledger
+    ):
+        raise UserError(
+            f"The accountant is not that of {config.ledger!r} in a ledger; leave out one of the two."
+        )
     if shared.neighboring_relation != relation:
         raise UserError(
             f"The accountant is for the relation {shared.neighboring_relation}, the run for {relation}; make "

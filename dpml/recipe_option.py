@@ -40,6 +40,6 @@ def configuration(method: str, name: str | None, given: dict[str, Any]) -> dict[
         # A recipe knows where its data is: for one of another package, the name typed is the recipe's alone.
         given = given | ({} if recipe is None else {"dataset": recipe.dataset})
     # The wish for privacy is the caller's alone: a recipe's own ε, δ, noise or queries never stand in for it.
-    for wish in wishes:
+    for wish in (*wishes, "ledger"):
         base.pop(wish, None)
     return {**base, **given}

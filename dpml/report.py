@@ -14,11 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accounting import Composed, Event, PrivacyAccountant, Repeated
+from accounting.budget import Receipt
 from accounting.curve import epsilon_curve
 from accounting.pld import DEFAULT_TOLERANCE
 from accounting.statement import PrivacyFacts, Risk, statement
 from dpml.config import DPSGDConfig
 from dpml.data.batches import to_device
+from dpml.ledger import in_summary
 from dpml.mechanism import SampledGaussianMechanism
 from dpml.outputs import SUMMARY_VERSION, RunFolder, events_record
 from dpml.planning import SamplingPlan
@@ -59,6 +61,7 @@ _SUMMARY_KEYS = (
     "sensitivity_slack",
     "selection_epsilon",
     "weights_sha256",
+    "ledger",
     "config",
     "versions",
 )
@@ -171,13 +174,20 @@ class Report:
         return finite
 
     def finish(
-        self, model: nn.Module, status: Status, committed: Event, *, name: str, test_set_is_public: bool
+        self,
+        model: nn.Module,
+        status: Status,
+        committed: Event,
+        *,
+        name: str,
+        test_set_is_public: bool,
+        receipt: Receipt | None = None,
     ) -> TrainingResult:
-        """Write all results, of a stopped run too."""
+        """Write all results, of a stopped run too. `receipt` is that of the ledger, if one was on."""
         if status != "completed" and self.test_set is not None:
             self.accuracy = accuracy(model, self.test_set)
-        summary = self._summary(status, committed, name)
-        text = self._statement(summary, test_set_is_public)
+        summary = self._summary(status, committed, name) | {"ledger": in_summary(receipt)}
+        text = self._statement(summary, test_set_is_public, receipt)
         if self.folder is not None:
             summary["weights_sha256"] = self.folder.write_model("model.safetensors", model)
             self._write_events(committed, status)
@@ -262,7 +272,7 @@ class Report:
             neighboring_relation=self.sampling.neighboring_relation,
         )
 
-    def _statement(self, summary: dict[str, Any], test_set_is_public: bool) -> str:
+    def _statement(self, summary: dict[str, Any], test_set_is_public: bool, receipt: Receipt | None) -> str:
         if self.mechanism is None:
             return NO_PRIVACY
         copied = (
@@ -279,6 +289,7 @@ class Report:
                 not_private_logs=self.config.log_not_private,
                 clip_quantile=self.config.clip_quantile,
                 mean_noise=self.config.mean_noise,
+                ledger=receipt,
                 **{key: summary[key] for key in copied.split()},
             )
         )

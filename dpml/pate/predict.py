@@ -17,6 +17,8 @@ from torch import Tensor
 
 from accounting import BudgetExceeded, Composed, Event, PrivacyAccountant, PrivacyBudget, Repeated, UserError
 from accounting.events import check_number, check_relation
+from accounting.ledger import Ledger
+from dpml.ledger import closed, in_summary
 from dpml.pate.aggregation import Aggregator, aggregator
 from dpml.pate.answers import NOT_ASKED, AnswerBook, Desk, query_keys
 from dpml.pate.teachers import load_ensemble
@@ -37,7 +39,8 @@ class PrivatePredictor:
     Args:
         folder: The ensemble, such as `runs/b/ensemble`.
         budget: For the ensemble's data, the run's own plan included. It is fixed by the first call, which
-            also fixes the noise; later calls may leave it out.
+            also fixes the noise; later calls may leave it out. If a ledger has paid for the ensemble, the
+            first call has it pay for all the answers that this budget allows.
         noise_multiplier: Noise on a count, in votes; by default 0.16 times the teachers.
         confident: Refuse, at the price of a check, where fewer than 80 % of the teachers seem to agree.
         randomness: Where noise comes from; secret by default.
@@ -58,8 +61,10 @@ class PrivatePredictor:
     ) -> None:
         self.ensemble, description = load_ensemble(folder)
         path = Path(folder) / _BOOK
+        about: dict[str, Any]
         if path.exists():
             title = AnswerBook.read_title(path)
+            about = title["about"]
             self.aggregator = Aggregator.from_dict(title["aggregator"])
             self.budget = PrivacyBudget(**title["about"]["budget"])
             self._require_same(budget, noise_multiplier, confident)
@@ -70,7 +75,9 @@ class PrivatePredictor:
             check_number(noise, "noise_multiplier", "private prediction", low=0, high=1e7)
             self.budget = budget
             self.aggregator = self._plan(description, noise, confident)
-        about = {"budget": {"epsilon": self.budget.epsilon, "delta": self.budget.delta}}
+            about = {"budget": {"epsilon": budget.epsilon, "delta": budget.delta}}
+            if description.get("ledger") is not None:
+                about["ledger"] = self._record(description)
         self.book = AnswerBook(path, self.aggregator, about)
         self._desk = Desk(self.aggregator, self.book, randomness or Randomness.secret())
 
@@ -111,6 +118,16 @@ class PrivatePredictor:
         if queries == 0:
             accountant.record(one)  # raises, and says what is missing
         return self._aggregator(noise, queries, confident)
+
+    def _record(self, description: dict[str, Any]) -> dict[str, Any] | None:
+        """Let the ledger that paid for the ensemble pay for all answers too, before the first one.
+
+        From then on the book counts them, as it does without a ledger.
+        """
+        accountant = Ledger().accountant(description["ledger"])
+        with accountant.reserve(self.aggregator.plan) as reservation:
+            reservation.commit_all()
+        return in_summary(closed(reservation))
 
     def _aggregator(self, noise: float, queries: int, confident: bool) -> Aggregator:
         return aggregator(

@@ -18,7 +18,9 @@ from accounting import (
     Repeated,
     UnsupportedEvent,
 )
+from accounting.budget import Receipt
 from accounting.statement import PATEFacts, Risk, statement
+from dpml.ledger import in_summary
 from dpml.outputs import RunFolder, events_record, write_private
 from dpml.pate.answers import AnswerBook
 from dpml.pate.config import PATEConfig
@@ -52,14 +54,16 @@ class PATEReport:
         self.test_set_is_public = test_set_is_public
         self.training = Stopwatch()
         self.published: dict[str, Any] | None = None
+        self._ledger: Receipt | None = None
         self._bounds_of_plan: tuple[float, float] | None = None
         if not config.non_private:
             self._bounds_of_plan = self._bounds(plan.event)
 
     # ------------------------------------------------------------ on the way
 
-    def start(self) -> None:
-        """Write down the plan before anything is trained."""
+    def start(self, receipt: Receipt | None = None) -> None:
+        """Write down the plan before anything is trained, and where a ledger has it."""
+        self._ledger = receipt
         self._write_events(Repeated(self.plan.event, 0), "running")
         aggregator = self.plan.aggregator
         settings = {
@@ -69,7 +73,8 @@ class PATEReport:
             "neighboring_relation": None if self.config.non_private else self.relation,
         }
         if self.folder is not None:
-            self.folder.write_json(CONFIG_FILE, {"method": "pate", "config": asdict(self.config)})
+            record = {"method": "pate", "config": asdict(self.config), "ledger": in_summary(receipt)}
+            self.folder.write_json(CONFIG_FILE, record)
         for tracker in self.trackers:
             tracker.start(aggregator.queries, settings)
 
@@ -120,6 +125,8 @@ class PATEReport:
         more: dict[str, Any] = {"data": self.name, "neighboring_relation": self.relation}
         if not self.config.non_private:
             more["planned"] = self.plan.event.to_dict()
+        if self._ledger is not None:
+            more["ledger"] = self._ledger.name
         ensemble.save(self.folder.path / "ensemble", **more)
 
     def diagnose(self, voters: Voters, book: AnswerBook, keys: list[bytes]) -> None:
@@ -145,14 +152,16 @@ class PATEReport:
 
     # ------------------------------------------------------------ the end
 
-    def finish(self, student: nn.Module | None, status: Status, book: AnswerBook) -> TrainingResult:
-        """Write all results; of a stopped run, what there is."""
+    def finish(
+        self, student: nn.Module | None, status: Status, book: AnswerBook, receipt: Receipt | None = None
+    ) -> TrainingResult:
+        """Write all results; of a stopped run, what there is. `receipt` is that of the ledger, if any."""
         reached = None
         if student is not None and self.test_set is not None:
             reached = accuracy(student, self.test_set)
         committed = self._committed(book)
-        summary = self._summary(status, committed, book.spent(), reached)
-        text = NO_PRIVACY if self.config.non_private else self._statement(summary)
+        summary = self._summary(status, committed, book.spent(), reached) | {"ledger": in_summary(receipt)}
+        text = NO_PRIVACY if self.config.non_private else self._statement(summary, receipt)
         if self.folder is not None:
             if student is not None:
                 summary["weights_sha256"] = self.folder.write_model("model.safetensors", student)
@@ -204,7 +213,7 @@ class PATEReport:
             }
         return summary_of(given)
 
-    def _statement(self, summary: dict[str, Any]) -> str:
+    def _statement(self, summary: dict[str, Any], receipt: Receipt | None) -> str:
         copied = (
             "dataset status epsilon epsilon_lower epsilon_spent delta accountant noise_multiplier "
             "n_is_public noise_is_secret aggregator teachers threshold threshold_noise"
@@ -225,6 +234,7 @@ class PATEReport:
                 queries=summary["queries_asked"],
                 answers=summary["queries_answered"],
                 published=summary["sanitised_epsilon"],
+                ledger=receipt,
                 **{key: summary[key] for key in copied.split()},
             )
         )

@@ -17,6 +17,7 @@ from accounting import PrivacyAccountant, UserError
 from dpml.data import LabeledData, load
 from dpml.data.arrays import load_inputs
 from dpml.device import choose_device
+from dpml.ledger import closed, reserved, warn_of_look_alikes
 from dpml.outputs import RunFolder
 from dpml.pate.answers import REFUSED, AnswerBook, Desk, commit_again, query_keys
 from dpml.pate.config import PATEConfig, PATERun
@@ -151,10 +152,11 @@ def train_pate(
         folder = RunFolder.reopen(output) if resume else RunFolder(output)
     trackers = [*trackers, TensorBoard(folder.path)] if folder else list(trackers)
 
-    with accountant.reserve(plan.event) as reservation:
+    warn_of_look_alikes(accountant, train_set)
+    with reserved(accountant, plan.event, _recorded_run(output) if resume else None) as reservation:
         relation = accountant.neighboring_relation
         report = PATEReport(config, plan, folder, trackers, test_set, relation, name, test_set_is_public)
-        report.start()
+        report.start(reservation.receipt)
         about = {"teachers": teacher_settings(config), "data": name}
         book = AnswerBook(":memory:" if folder is None else folder.path / _BOOK, plan.aggregator, about)
         if not config.non_private:
@@ -191,9 +193,31 @@ def train_pate(
                 report.diagnose(voters, book, keys)
                 student = teach(rows, answers, report.studying())
         except KeyboardInterrupt:
-            report.finish(None, "stopped", book)
+            report.finish(None, "stopped", book, closed(reservation))
             raise
-        return report.finish(student, "completed", book)
+        return report.finish(student, "completed", book, closed(reservation))
+
+
+def _recorded_run(folder: str | os.PathLike[str] | None) -> str | None:
+    """The id under which a ledger knows the run in a folder, if one does.
+
+    Raises:
+        UserError: if the folder has lost the answers that the ledger has paid for: they would be drawn again.
+    """
+    path = Path(folder or ".") / CONFIG_FILE
+    try:
+        receipt = json.loads(path.read_text(encoding="utf-8")).get("ledger")
+        run_id = None if receipt is None else str(receipt["run_id"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{str(path)!r} is damaged: {error!s:.100}") from error
+    if run_id is not None and not path.with_name(_BOOK).exists():
+        raise UserError(
+            f"The run {run_id} of the ledger has lost its answers, {str(path.with_name(_BOOK))!r}; "
+            "start a new run."
+        )
+    return run_id
 
 
 @dataclass(frozen=True, eq=False)

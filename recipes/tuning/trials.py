@@ -72,6 +72,8 @@ def tune(
         raise UserError(
             "Tuning logs no private figures: they would show other trials. Leave log_not_private out."
         )
+    if base.ledger is not None:
+        raise UserError("A ledger does not record tuning yet: leave ledger out.")
     configurations = candidates_of(base, candidates)
     data = load(base.dataset, classes=base.classes, image_size=base.size)
     if exempt_public_benchmark and not data.is_public_benchmark:

@@ -24,7 +24,7 @@ KEYS = {
     *("target_epsilon", "delta", "accountant", "neighboring_relation", "privacy_unit"),
     *("n_is_public", "noise_multiplier", "clip_norm", "sampler", "sampling_probability"),
     *("expected_batch_size", "steps", "planned_steps", "test_accuracy", "train_seconds", "seed"),
-    *("noise_is_secret", "sensitivity_slack", "selection_epsilon", "weights_sha256", "config"),
+    *("noise_is_secret", "sensitivity_slack", "selection_epsilon", "weights_sha256", "ledger", "config"),
     "versions",
 }
 
