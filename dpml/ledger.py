@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from accounting import Event, PrivacyAccountant, Reservation, UserError
@@ -35,9 +36,7 @@ def closed(reservation: Reservation) -> Receipt | None:
 
 def in_summary(receipt: Receipt | None) -> dict[str, Any] | None:
     """What `summary.json` says of the ledger."""
-    if receipt is None:
-        return None
-    return {"name": receipt.name, "run_id": receipt.run_id, "head": receipt.head, "rows": receipt.rows}
+    return None if receipt is None else asdict(receipt)
 
 
 def warn_of_look_alikes(accountant: PrivacyAccountant, train_set: Any) -> None:

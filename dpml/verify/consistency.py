@@ -130,9 +130,11 @@ def _private(folder: Folder, config: dict[str, Any], odd: _Differences) -> None:
         odd.found.append(f"ε is {folder.number('epsilon'):g}, more than the budget {target:g}")
     if not 0 <= folder.number("epsilon_lower") <= folder.number("epsilon"):
         odd.found.append("epsilon_lower is not between 0 and ε")
-    selection = figures.get("selection_epsilon")
-    if selection is not None and folder.number("selection_epsilon") < folder.number("epsilon"):
-        odd.found.append("selection_epsilon is less than ε")
+    selection = figures.get("selection")
+    added = None
+    if selection is not None:
+        added = folder.number("epsilon") - selection["epsilon_of_one"] if selection["charged"] else 0.0
+    odd.unless("selection_epsilon", figures["selection_epsilon"], added)
 
 
 def _dpsgd(folder: Folder, config: dict[str, Any], odd: _Differences) -> None:
@@ -147,10 +149,15 @@ def _dpsgd(folder: Folder, config: dict[str, Any], odd: _Differences) -> None:
         count = {"type": "Gaussian", "noise_multiplier": 2 * max(size / 20, 2.5 * sigma)}
         release = {"type": "Composed", "events": [release, count]}
     step = {"type": "PoissonSampled", "event": release, "sampling_probability": q}
-    plan = {"schema_version": 1, "type": "Repeated", "event": step, "count": figures["planned_steps"]}
-    odd.unless("the planned event", folder.events["planned"], [plan])
-    done = {**plan, "count": figures["steps"]}
-    odd.unless("the committed event", folder.events["committed"], [done])
+    for list_name, count in (("planned", figures["planned_steps"]), ("committed", figures["steps"])):
+        expected = Counter({_key(step): count})
+        if config["mean_noise"] is not None and (count or list_name == "planned"):
+            slack = number("sensitivity_slack")
+            mean = {"type": "Gaussian", "noise_multiplier": config["mean_noise"] / (1 + slack)}
+            expected[_key(mean)] = 1
+        found = [kinds(bodies) for bodies in _trials(folder.events[list_name], figures, odd)]
+        if +expected not in found:
+            odd.unless(f"the {list_name} events", dict(found[0]), dict(+expected))
     if figures["status"] == "completed":
         odd.unless("steps", figures["steps"], figures["planned_steps"])
     odd.unless("clip_norm", figures["clip_norm"], config["clip_norm"])
@@ -162,6 +169,20 @@ def _dpsgd(folder: Folder, config: dict[str, Any], odd: _Differences) -> None:
     relation = config["neighboring_relation"] or ("zero-out" if given is None else "add-or-remove-one")
     odd.unless("neighboring_relation", folder.relation, relation)
     odd.unless("n_is_public", figures["n_is_public"], relation == "zero-out")
+
+
+def _trials(bodies: list[Any], figures: dict[str, Any], odd: _Differences) -> list[list[Any]]:
+    """The events of the run; of one that was chosen among several, those that it may be one of."""
+    selection, [body, *others] = figures.get("selection"), bodies
+    if selection is None or others:
+        return [bodies]
+    if selection["charged"]:
+        odd.unless("the event of the selection", body.get("type"), "BestOfRuns")
+        for name, key in (("mean_trials", "mean_runs"), ("shape", "shape")):
+            odd.unless(f"the selection's {name}", selection[name], body.get(key))
+        body = body["event"]
+    members = body["events"] if body.get("type") == "OneOf" else [body]
+    return [[{**member, "schema_version": 1}] for member in members]
 
 
 def _pate(folder: Folder, config: dict[str, Any], odd: _Differences) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import safetensors
 
-from accounting import Composed, Event, UnsupportedEvent
+from accounting import Composed, Event, PrivacyBudget, UnsupportedEvent, UserError
+from accounting.budget import Receipt
 from accounting.events import check_relation
-from accounting.statement import PATEFacts, PrivacyFacts, Risk
+from accounting.ledger import Ledger, LedgerBroken
+from accounting.statement import PATEFacts, PrivacyFacts, Risk, SelectionFacts
 from accounting.statement import statement as written
 from dpml.verify.check import Check, Folder
 
@@ -61,13 +63,14 @@ def _statements(folder: Folder) -> list[str]:
     names = f"{_SHARED} {_DPSGD if figures['method'] == 'dpsgd' else _PATE}".split()
     facts: dict[str, Any] = {name: figures[name] for name in names}
     facts |= {"relation": relation, "risk": risk, "not_private_logs": config["log_not_private"]}
+    facts["ledger"] = _receipt(figures.get("ledger"))
     made = []
     for public in (True, False):
         facts["test_set_is_public"] = public
         if figures["method"] == "dpsgd":
-            made.append(
-                written(PrivacyFacts(method="DP-SGD", clip_quantile=config["clip_quantile"], **facts))
-            )
+            more = {name: config[name] for name in ("clip_quantile", "mean_noise")}
+            facts["selection"] = _selection(figures.get("selection"))
+            made.append(written(PrivacyFacts(method="DP-SGD", **more, **facts)))
             continue
         counts = {
             "planned_queries": figures["queries_planned"],
@@ -78,6 +81,18 @@ def _statements(folder: Folder) -> list[str]:
         }
         made.append(written(PATEFacts(method="PATE", **counts, **facts)))
     return made
+
+
+def _receipt(given: dict[str, Any] | None) -> Receipt | None:
+    if given is None:
+        return None
+    return Receipt(**{**given, "budget": PrivacyBudget(**given["budget"])})
+
+
+def _selection(given: dict[str, Any] | None) -> SelectionFacts | None:
+    if given is None:
+        return None
+    return SelectionFacts(charged=given["charged"], epsilon_of_one=given["epsilon_of_one"], **given["words"])
 
 
 def weights(folder: Folder) -> list[Check]:
@@ -113,10 +128,21 @@ def randomness(folder: Folder) -> list[Check]:
 
 
 def ledger(folder: Folder) -> list[Check]:
-    """A run that was booked in a ledger names it; its chain is not checked here."""
-    if folder.figures.get("ledger") is None:
+    """The head that the run carries is on the chain of this machine's ledger."""
+    receipt = _receipt(folder.figures.get("ledger"))
+    if receipt is None:
         return []
-    return [Check("ledger", "not checked", "the run names a ledger, whose chain has to be checked by itself")]
+    try:
+        verified = Ledger().verify(receipt.head)
+    except LedgerBroken as error:
+        return [Check("ledger", "FAILED", str(error))]
+    except UserError as error:
+        return [Check("ledger", "not checked", str(error))]
+    if verified.head_row != receipt.rows:
+        return [Check("ledger", "FAILED", f"the head is entry {verified.head_row}, not {receipt.rows}")]
+    return [
+        Check("ledger", "ok", f"its {verified.rows:,} entries are whole, and the run's head is among them")
+    ]
 
 
 def not_private(folder: Folder) -> list[Check]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from accounting import UserError
 from dpml.data import LabeledData
 from dpml.data.arrays import load_labelled
+from dpml.noise import noised
 from dpml.randomness import Randomness
 from dpml.report import accuracy
 
@@ -80,4 +82,5 @@ class Split:
             return exact
         if noise is None:
             raise RuntimeError("A score on private records needs noise.")
-        return exact + noise * float(random.normals(1)[0]) / len(self.validation)
+        size = len(self.validation)
+        return float(noised(np.array([exact * size]), noise, random)[0]) / size

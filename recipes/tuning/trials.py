@@ -13,10 +13,10 @@ import torch
 
 from accounting import PrivacyAccountant, UserError
 from accounting.statement import PrivacyFacts, Risk, SelectionFacts, statement
-from dpml import models
 from dpml.config import DPSGDRun
 from dpml.data import LabeledData, load
 from dpml.dpsgd import run_dpsgd
+from dpml.features import features_of
 from dpml.outputs import events_record
 from dpml.randomness import Randomness
 from dpml.registry import recipe_entry, recipe_run
@@ -74,8 +74,14 @@ def tune(
         )
     if base.ledger is not None:
         raise UserError("A ledger does not record tuning yet: leave ledger out.")
-    configurations = candidates_of(base, candidates)
-    data = load(base.dataset, classes=base.classes, image_size=base.size)
+    if base.features != "none" and public_validation is not None:
+        raise UserError(
+            "A file of public examples that decide is for models of the examples themselves: leave out "
+            "public_validation or features."
+        )
+    # Features are computed once, for all trials; what is trained on is then a data set of features.
+    configurations = candidates_of(replace(base, features="none"), candidates)
+    data = _seen(load(base.dataset, classes=base.classes, image_size=base.size), base)
     if exempt_public_benchmark and not data.is_public_benchmark:
         raise UserError(
             f"Only a public benchmark can be exempt from the price of selection, and {data.name!r} is none: "
@@ -116,6 +122,14 @@ def complete(run: DPSGDRun | str, epsilon: float | None) -> DPSGDRun:
     if not isinstance(found, DPSGDRun):
         raise UserError(f"Tuning is for DP-SGD: give a DPSGDRun or its recipe, not {run!r:.60}.")
     return found
+
+
+def _seen(data: LabeledData, run: DPSGDRun) -> LabeledData:
+    """The data as the model sees it: features in place of images, if the configuration says so."""
+    if run.features == "none":
+        return data
+    x_train, x_test = features_of(run.features, data, cached=not run.no_cache)
+    return replace(data, x_train=x_train.float(), x_test=x_test.float())
 
 
 def _rehearse(candidate: DPSGDRun, data: LabeledData) -> TrainingResult:
@@ -161,12 +175,12 @@ def _publish(
     lists: Mapping[str, Sequence[Any]],
 ) -> TrainingResult:
     """Write what an ordinary run leaves, and delete the rest. Killed on the way, it starts over."""
-    folder, trained = state.folder, winner.summary
-    model = models.build(trained["config"]["model"], split.data.example_shape, split.data.classes)
+    folder = state.folder
+    model = _rehearse(plan.candidates[winner.pick], split.data).model  # of the same form
     safetensors.torch.load_model(model, folder.path / FOLDER / winner.weights)
     summary = _summary(winner, plan, split, base, lists)
-    text = _statement(summary, plan, split, lists)
-    folder.write_model("model.safetensors", model)
+    text = _statement(summary, plan, split)
+    summary["weights_sha256"] = folder.write_model("model.safetensors", model)
     _write_curves(folder.path, winner, summary)
     folder.write_text("statement.md", text)
     _write_events(state, plan, summary["status"])
@@ -190,6 +204,7 @@ def _summary(
         "epsilon": base.epsilon,
         "insecure_noise_seed": base.insecure_noise_seed,
         "accountant": plan.method,
+        "features": base.features,
     }
     if base.epsilon is not None:
         wish["noise_multiplier"] = None
@@ -212,18 +227,15 @@ def _summary(
             "score_noise": plan.score_noise,
             "validation_accuracy": winner.score,
             "epsilon_of_one": one,
+            "words": _words(plan, split, lists, winner.score),
         },
     }
 
 
-def _statement(
-    summary: dict[str, Any], plan: TuningPlan, split: Split, lists: Mapping[str, Sequence[Any]]
-) -> str:
-    copied = (
-        "dataset status epsilon epsilon_lower epsilon_spent delta accountant noise_multiplier clip_norm "
-        "n_is_public sensitivity_slack sampling_probability expected_batch_size planned_steps steps "
-        "noise_is_secret"
-    )
+def _words(
+    plan: TuningPlan, split: Split, lists: Mapping[str, Sequence[Any]], score: float | None
+) -> dict[str, str]:
+    """How the model was chosen, for the statement."""
     values = [f"{name.replace('_', ' ')} {', '.join(map(str, values))}" for name, values in lists.items()]
     law = {None: "Poisson", 1.0: "geometric", 0.0: "logarithmic"}.get(
         plan.shape, f"truncated negative binomial, η = {plan.shape}"
@@ -233,8 +245,21 @@ def _statement(
         if plan.score_noise is None
         else f", with noise of standard deviation {plan.score_noise:.6g} on the count"
     )
-    score = summary["selection"]["validation_accuracy"]
     released = "" if score is None else f"; released: {score:.4f}"
+    return {
+        "candidates": f"{' × '.join(values)}: {len(plan.candidates)} candidates, drawn uniformly",
+        "trials": f"a secret number, drawn at random ({law}, {plan.mean_trials:g} on average)",
+        "score": f"{split.words}{noise}{released}",
+    }
+
+
+def _statement(summary: dict[str, Any], plan: TuningPlan, split: Split) -> str:
+    selection = summary["selection"]
+    copied = (
+        "dataset status epsilon epsilon_lower epsilon_spent delta accountant noise_multiplier clip_norm "
+        "n_is_public sensitivity_slack sampling_probability expected_batch_size planned_steps steps "
+        "noise_is_secret"
+    )
     return statement(
         PrivacyFacts(
             method="DP-SGD",
@@ -243,12 +268,9 @@ def _statement(
             test_set_is_public=split.data.is_public_benchmark,
             not_private_logs=False,
             clip_quantile=summary["config"]["clip_quantile"],
+            mean_noise=summary["config"]["mean_noise"],
             selection=SelectionFacts(
-                candidates=f"{' × '.join(values)}: {len(plan.candidates)} candidates, drawn uniformly",
-                trials=f"a secret number, drawn at random ({law}, {plan.mean_trials:g} on average)",
-                score=f"{split.words}{noise}{released}",
-                charged=plan.charged,
-                epsilon_of_one=summary["selection"]["epsilon_of_one"],
+                **{name: selection[name] for name in ("charged", "epsilon_of_one")}, **selection["words"]
             ),
             **{key: summary[key] for key in copied.split()},
         )

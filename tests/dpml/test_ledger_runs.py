@@ -67,7 +67,9 @@ def test_a_run_is_recorded_and_says_so(ledger: Ledger) -> None:
     assert run.plan == result.planned
     assert run.committed == [12]
     last = ledger.entries()[-1]
-    assert record == {"name": "patients", "run_id": run.run_id, "head": last.hash, "rows": last.seq}
+    assert record["name"] == "patients"
+    assert (record["run_id"], record["head"], record["rows"]) == (run.run_id, last.hash, last.seq)
+    assert record["budget"] == {"epsilon": 4.0, "delta": 0.001}
     assert ledger.verify(record["head"]).head_row == last.seq
     assert "a ledger was on" in result.statement
     assert f"entry {last.seq} of the ledger has the hash `{last.hash}`" in result.statement

@@ -43,6 +43,30 @@ def summary_in(folder: Path) -> dict[str, Any]:
     return summary
 
 
+# ---------------------------------------------------------------- features
+
+
+def test_trials_on_features_with_a_private_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    images, labels = rng.random((60, 1, 16, 16), np.float32), np.arange(60) % 2
+    data = tmp_path / "images.npz"
+    np.savez(data, x_train=images, y_train=labels, x_test=images[:10], y_test=labels[:10])
+    run = own_run(data, model="auto", features="scattering", mean_noise=30.0)
+    result = tune(
+        run, tmp_path / "a", candidates={"learning_rate": [0.1, 1.0]}, noise_multiplier=3, delta=1e-3
+    )
+    plan = SamplingPlan.of(examples=54, batch_size=15, epochs=0.5)
+    training = plan.event(3.0, mean_noise=30.0)
+    assert isinstance(result.planned, BestOfRuns)
+    assert isinstance(result.planned.event, OneOf)
+    assert training in result.planned.event.events
+    assert summary_in(tmp_path / "a")["config"]["features"] == "scattering"
+    assert "the mean of the inputs" in result.statement
+    weights = safetensors.torch.load_file(tmp_path / "a" / "model.safetensors")
+    assert weights["0.mean"].abs().sum() > 0
+
+
 # ---------------------------------------------------------------- price
 
 

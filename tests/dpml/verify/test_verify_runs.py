@@ -94,6 +94,7 @@ def test_an_honest_pate_run_is_believed(pate_run: Path) -> None:
         "--sampling-probability 0.1",
         "--insecure-noise-seed 1",
         "--log-not-private",
+        "--mean-noise 30",
     ],
 )
 def test_honest_runs_of_other_kinds_are_believed(
@@ -107,6 +108,39 @@ def test_honest_runs_of_other_kinds_are_believed(
         {"randomness"} if "seed" in options else {"not_private"} if "not-private" in options else set()
     )
     assert ("not for release" in found.conclusion) == ("seed" in options)
+
+
+def test_a_tuned_run_is_believed(call: Call, own_data: Path, tmp_path: Path) -> None:
+    """Of such a selection upper bounds are known alone: nothing is contradicted, and ε agrees."""
+    line = "tune dpsgd-digits --epochs 0.5,1 --batch-size 15 --model linear --delta 1e-3 --noise-multiplier 3"
+    run = tmp_path / "tuned"
+    assert call(line, "--mean-trials", 3, "--dataset", own_data, "--output", run).status == 0
+    found = verify_run(run)
+    assert not failed(found), found.lines()
+    assert {check.name for check in found.checks if check.verdict == "ok"} >= {
+        "statement",
+        "weights",
+        "events",
+    }
+    assert found.epsilon_bounds is not None
+    claimed = json.loads((run / "summary.json").read_text("utf-8"))["epsilon"]
+    assert found.epsilon_bounds[1] == pytest.approx(claimed, rel=3e-3)
+
+
+def test_a_ledger_s_chain_is_checked(
+    call: Call, own_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPML_LEDGER", str(tmp_path / "ledger.sqlite"))
+    assert call("ledger init patients --epsilon 8 --delta 1e-3").status == 0
+    earlier = (tmp_path / "ledger.sqlite").read_bytes()
+    run = tmp_path / "run"
+    assert call(OWN, own_data, "--ledger", "patients", "--output", run).status == 0
+    assert verify_run(run).believable, verify_run(run).lines()
+    (tmp_path / "ledger.sqlite").write_bytes(earlier)  # rolled back to before the run
+    assert failed(verify_run(run)) == {"ledger"}
+    monkeypatch.setenv("DPML_LEDGER", str(tmp_path / "elsewhere.sqlite"))
+    [check] = [check for check in verify_run(run).checks if check.name == "ledger"]
+    assert check.verdict == "not checked"
 
 
 @pytest.mark.parametrize("aggregator", ["lnmax", "gnmax --publish-data-dependent --accountant rdp"])
