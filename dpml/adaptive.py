@@ -8,8 +8,8 @@ import numpy as np
 
 from accounting import Gaussian, UserError
 from accounting.events import check_count, check_number
+from dpml.exact import noised
 from dpml.gradients.engine import ClippedSum, ClippingMode
-from dpml.noise import noised
 from dpml.planning import count_event
 from dpml.randomness import Randomness
 

@@ -24,7 +24,7 @@ class SampledGaussianMechanism:
     """A Poisson sample's clipped gradients, summed, with Gaussian noise (Abadi et al. 2016, Algorithm 1).
 
     Guarantee: `release` returns the sum plus N(0, (noise_multiplier·C)²) in every coordinate, rounded to a
-    public grid (`dpml.noise`), after committing to the reservation; one record moves the sum by at most
+    public grid (`dpml.exact`), after committing to the reservation; one record moves the sum by at most
     C·(1 + slack) under zero-out or add-or-remove-one. `event` states just that. With an adaptive clip norm,
     which is public, C is the norm of the step, and the same commit covers the count that moves it.
 

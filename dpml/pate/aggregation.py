@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from accounting import Composed, Event, GNMax, GNMaxThreshold, LNMax, NonPrivate, Repeated, UserError
 from accounting.events import check_count, check_number
-from dpml.noise import noisy_argmax, noisy_reaches
+from dpml.exact import noisy_argmax, noisy_reaches
 from dpml.pate.config import AGGREGATORS, AggregatorName
 from dpml.randomness import Randomness
 

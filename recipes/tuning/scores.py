@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from accounting import UserError
 from dpml.data import LabeledData
 from dpml.data.arrays import load_labelled
-from dpml.noise import noised
+from dpml.exact import noised
 from dpml.randomness import Randomness
 from dpml.report import accuracy
 

@@ -120,15 +120,15 @@ def test_what_must_agree(ledger: Ledger) -> None:
 def test_a_run_that_fails_gives_back_what_it_did_not_release(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, draws = GaussianNoise.draw, [0]
+    add, draws = GaussianNoise.add, [0]
 
     def interrupted(self: GaussianNoise, *args: Any) -> Any:
         draws[0] += 1
         if draws[0] == 3:
             raise KeyboardInterrupt
-        return draw(self, *args)
+        return add(self, *args)
 
-    monkeypatch.setattr(GaussianNoise, "draw", interrupted)
+    monkeypatch.setattr(GaussianNoise, "add", interrupted)
     result = train()
     assert result.status == "stopped"
     [run] = ledger.data_set("patients").runs.values()
@@ -141,24 +141,24 @@ def test_a_run_that_fails_gives_back_what_it_did_not_release(
 
 def every_draw_is_recorded(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Look into the ledger whenever noise is about to be drawn: as many parts must be leased."""
-    draw, draws = GaussianNoise.draw, [0]
+    add, draws = GaussianNoise.add, [0]
 
     def watched(self: GaussianNoise, *args: Any) -> Any:
         draws[0] += 1
         leased = sum(sum(run.leased) for run in ledger.data_set("patients").runs.values())
         assert leased >= draws[0], "a release without its record"
-        return draw(self, *args)
+        return add(self, *args)
 
-    monkeypatch.setattr(GaussianNoise, "draw", watched)
+    monkeypatch.setattr(GaussianNoise, "add", watched)
     train()
     assert draws[0] == 12
 
 
 def release_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     def release(self: SampledGaussianMechanism, clipped: Any, reservation: Any) -> Any:
-        noises = self.noise.draw([g.shape for g in clipped.gradients], self.clipping.norm)
+        noisy = self.noise.add(clipped.gradients, self.clipping.norm)
         reservation.commit(1)
-        return [g + noise for g, noise in zip(clipped.gradients, noises, strict=True)]
+        return noisy
 
     monkeypatch.setattr(SampledGaussianMechanism, "release", release)
 

@@ -8,7 +8,8 @@ from noises import draw
 from scipy import stats
 
 from accounting.errors import UserError
-from dpml.noise import GaussianNoise, grid_of, noised, noisy_argmax, noisy_reaches
+from dpml.exact import grid_of, noised, noisy_argmax, noisy_reaches
+from dpml.noise import GaussianNoise
 from dpml.randomness import Randomness
 
 # A false-alarm rate below 1e-9 for each bound; seeds are fixed besides.
