@@ -20,7 +20,7 @@ _BLOCKS = {
 }
 _LEAST_SIDE = 16
 _SYNTHETIC, _SEED = 300, 2
-_WHITENING, _RIDGE = 0.5, 1e-2
+_WHITENING, _RIDGE = 0.8, 1e-2
 """0 would leave maps as they are, 1 make them white. The ridge is relative to the mean variance."""
 _CHUNK = 8  # more would leave the processor's cache
 
@@ -28,7 +28,7 @@ _CHUNK = 8  # more would leave the processor's cache
 class FeatureMap:
     """Features of images of one shape.
 
-    The maps of each block (`dpml.features.blocks`) are centred and half whitened, by their mean and
+    The maps of each block (`dpml.features.blocks`) are centred and nearly whitened, by their mean and
     covariance on synthetic images: what varies most in all images then drowns less of what tells them apart,
     and less of a clipped gradient is spent on it. Each block has an equal share of a vector of norm 1.
     Features of an image depend on that image alone; in another batch they may differ by rounding.
