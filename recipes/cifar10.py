@@ -35,7 +35,7 @@ def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
         epochs=10,
         batch_size=8192,
         clip_norm=0.1,
-        learning_rate=300.0 if wanted < 2 else 1200.0 if wanted < 5 else 2400.0,
+        learning_rate=130.0 if wanted < 2 else 400.0 if wanted < 5 else 800.0,
         momentum=0.9,
         mean_noise=30.0,
         micro_batch_size=512,
