@@ -1,10 +1,53 @@
-"""CIFAR-10: the tanh CNN of Papernot et al. 2020, and PATE on scattering features."""
+"""CIFAR-10: linear models on fixed features, the CNN of Papernot et al. 2020, and PATE."""
+
+from dataclasses import replace
 
 from dpml.config import DPSGDRun
 from dpml.pate.config import PATERun
+from dpml.registry import card
 
 
-def dpsgd(private: bool = True) -> DPSGDRun:
+@card(
+    reaches="71 % at ε = 3 (one run, on validation images)",
+    cost="minutes on one core, once the features are computed (20 min)",
+    source="docs/results/features-log.md",
+)
+def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
+    """Linear model on scattering and random patches, centred by a noisy mean: the best of ours."""
+    if not private:
+        return DPSGDRun(
+            dataset="cifar10",
+            features="scattering-patches",
+            model="linear",
+            non_private=True,
+            epochs=20,
+            batch_size=512,
+            learning_rate=10.0,
+            mean_noise=30.0,
+        )
+    wanted = 3.0 if epsilon is None else epsilon
+    return DPSGDRun(
+        dataset="cifar10",
+        features="scattering-patches",
+        model="linear",
+        epsilon=wanted,
+        delta=1e-5,
+        epochs=10,
+        batch_size=8192,
+        clip_norm=0.1,
+        learning_rate=130.0 if wanted < 2 else 400.0 if wanted < 5 else 800.0,
+        momentum=0.9,
+        mean_noise=30.0,
+        micro_batch_size=64,  # larger ones cost more in fresh memory than they save
+    )
+
+
+@card(
+    reaches="66.2 % at ε = 7.53 (published)",
+    cost="hours on two cores",
+    source="Papernot et al. 2020",
+)
+def papernot2020(private: bool = True) -> DPSGDRun:
     """Papernot, Thakurta, Song, Chien & Erlingsson 2020 (550,570 parameters). Hours on two CPU cores."""
     if not private:
         return DPSGDRun(
@@ -23,6 +66,19 @@ def dpsgd(private: bool = True) -> DPSGDRun:
         momentum=0.9,
         micro_batch_size=64,
     )
+
+
+@card(
+    reaches="67.0 % at ε = 3 (published)",
+    cost="1 min on two cores, once the features are computed",
+    source="Tramèr & Boneh 2021, Table 1",
+)
+def tramer2021(private: bool = True) -> DPSGDRun:
+    """Tramèr & Boneh 2021: a linear model on scattering features; clip norm 0.1, momentum 0.9.
+
+    Scales from synthetic images replace their normalisation by private means and variances.
+    """
+    return replace(dpsgd(private), features="scattering")
 
 
 def pate(private: bool = True) -> PATERun:

@@ -1,12 +1,57 @@
-"""MNIST and Fashion-MNIST with the tanh CNN of Papernot et al. 2020."""
+"""MNIST and Fashion-MNIST: linear models on fixed features, the CNN of Papernot et al. 2020, and PATE."""
 
 from dataclasses import replace
 
 from dpml.config import DPSGDRun
 from dpml.pate.config import PATERun
+from dpml.registry import card
 
 
-def dpsgd(private: bool = True) -> DPSGDRun:
+@card(
+    reaches="98.2 % at ε = 1, 98.7 % at ε = 3 (ours)",
+    cost="2 min on one core",
+    source="docs/results/mnist-features-epsilon-1.json, -3.json",
+)
+def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
+    """Linear model on scattering features, centred by a noisy mean: the best of ours under a budget."""
+    if not private:
+        return DPSGDRun(
+            dataset="mnist",
+            features="scattering",
+            model="linear",
+            non_private=True,
+            epochs=40,
+            batch_size=512,
+            learning_rate=10.0,
+            mean_noise=30.0,
+        )
+    return DPSGDRun(
+        dataset="mnist",
+        features="scattering",
+        model="linear",
+        epsilon=epsilon or 3.0,
+        delta=1e-5,
+        epochs=40,
+        batch_size=8192,
+        clip_norm=0.3,
+        learning_rate=30.0 if epsilon is not None and epsilon < 2 else 60.0,
+        momentum=0.9,
+        mean_noise=30.0,
+        micro_batch_size=512,
+    )
+
+
+def fashion_dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
+    """The MNIST recipe on Fashion-MNIST."""
+    return replace(dpsgd(private, epsilon), dataset="fashion-mnist")
+
+
+@card(
+    reaches="98.1 % at ε = 2.93 (published); 98.15 % at ε = 3 (ours)",
+    cost="4 min on one core",
+    source="Papernot et al. 2020; docs/results/mnist-dpsgd.json",
+)
+def papernot2020(private: bool = True) -> DPSGDRun:
     """Papernot, Thakurta, Song, Chien & Erlingsson 2020 (26,010 parameters), larger batches, PLD noise."""
     if not private:
         return DPSGDRun(
@@ -27,9 +72,24 @@ def dpsgd(private: bool = True) -> DPSGDRun:
     )
 
 
-def fashion_dpsgd(private: bool = True) -> DPSGDRun:
-    """The MNIST recipe on Fashion-MNIST."""
-    return replace(dpsgd(private), dataset="fashion-mnist")
+@card(
+    reaches="86.1 % at ε = 2.7 (published)",
+    cost="4 min on one core",
+    source="Papernot et al. 2020",
+)
+def fashion_papernot2020(private: bool = True) -> DPSGDRun:
+    """Papernot et al. 2020 on Fashion-MNIST."""
+    return replace(papernot2020(private), dataset="fashion-mnist")
+
+
+@card(reaches="98.7 % at ε = 3 (published)", cost="4 min on one core", source="Tramèr & Boneh 2021, Table 1")
+def tramer2021(private: bool = True) -> DPSGDRun:
+    """Tramèr & Boneh 2021: a linear model on scattering features; clip norm 0.1, momentum 0.9.
+
+    Their group normalisation is replaced by scales from synthetic images, so the learning rate is ours.
+    """
+    run = dpsgd(private)
+    return replace(run, mean_noise=None) if not private else replace(run, mean_noise=None, clip_norm=0.1)
 
 
 def pate(private: bool = True) -> PATERun:

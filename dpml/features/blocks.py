@@ -13,7 +13,7 @@ from dpml.features.wavelets import Wavelets, mirrored_paths
 
 Block = Callable[[Tensor], Tensor]
 """From images, float32 [n, channels, height, width], to maps, float32 [n, maps, rows, columns]."""
-VERSION = 1
+VERSION = 2
 """Raised when a block changes: what was cached before is then computed anew."""
 
 _CELL = 4

@@ -1,4 +1,4 @@
-"""Features of a data set, in 16 bits. Blocks of maps are computed once, and kept in the user's cache.
+"""Features of a data set, in 16 bits. Their blocks are computed once, and kept in the user's cache.
 
 They are as private as the images, and readable by their owner alone. The key holds all that they follow from.
 """
@@ -30,7 +30,7 @@ _DIGEST = 32
 def features_of(
     name: str, data: LabeledData, *, cached: bool = True, progress: Progress = lambda *_: None
 ) -> tuple[Tensor, Tensor]:
-    """The features of a data set's training and test images, float16 [n, size], in memory.
+    """The features of a data set's training and test images, float16 [n, size].
 
     Args:
         name: See `FeatureMap`.
@@ -50,13 +50,14 @@ def features_of(
 
 
 def _features(function: FeatureMap, images: Tensor, cached: bool, progress: Progress) -> Tensor:
-    maps = [_obtain(function, block, images, cached, progress) for block in function.blocks]
-    parts = [torch.split(block, _CHUNK) for block in maps]
-    first = function.assemble([part[0][:1] for part in parts])
-    result = torch.empty(len(images), first.shape[1], dtype=torch.float16)
+    blocks = [_obtain(function, block, images, cached, progress) for block in function.blocks]
+    if len(blocks) == 1:
+        return blocks[0]
+    parts = [torch.split(block, _CHUNK) for block in blocks]
+    result = torch.empty(len(images), sum(block.shape[1] for block in blocks), dtype=torch.float16)
     for number, chunk in enumerate(zip(*parts, strict=True)):
         start = number * _CHUNK
-        result[start : start + _CHUNK] = function.assemble(chunk)
+        result[start : start + _CHUNK] = function.joined(chunk)
     return result
 
 
@@ -65,7 +66,7 @@ def _obtain(function: FeatureMap, block: str, images: Tensor, cached: bool, prog
 
     def chunks() -> Iterator[npt.NDArray[np.float16]]:
         for start in range(0, len(images), _CHUNK):
-            yield function.maps(block, images[start : start + _CHUNK]).half().numpy()
+            yield function.block(block, images[start : start + _CHUNK]).half().numpy()
             progress(block, min(start + _CHUNK, len(images)), len(images))
 
     if cached:

@@ -111,5 +111,5 @@ def test_only_wishes_and_derived_settings_are_optional() -> None:
     optional = {field.name for field in fields(DPSGDRun) if field.default is None}
     assert optional == {
         *("epsilon", "delta", "noise_multiplier", "sampling_probability", "neighboring_relation"),
-        *("insecure_noise_seed", "classes", "image_size", "clip_quantile", "ledger"),
+        *("insecure_noise_seed", "classes", "image_size", "clip_quantile", "ledger", "mean_noise"),
     }

@@ -224,7 +224,7 @@ def _pickled(file: Path) -> None:
 @pytest.mark.parametrize("damage", [_cut, _flip_a_bit, _empty, _other_array, _pickled])
 def test_what_is_damaged_is_computed_again(own_cache: Path, damage: Any) -> None:
     data, seen = labelled(20, 5), []
-    first = features_of("scattering", data)
+    first = [x.clone() for x in features_of("scattering", data)]  # of files that are about to be cut short
     for file in own_cache.iterdir():
         damage(file)
     again = features_of("scattering", data, progress=lambda *x: seen.append(x))

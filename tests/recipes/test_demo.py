@@ -1,11 +1,13 @@
 """The demo: what `make demo` runs, at one noise level and one seed, and what is kept of it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from accounting import UserError
+from dpml.config import DPSGDRun
 from dpml.pate.config import PATERun
 from dpml.pate.planning import plan_run
 from recipes import cifar10, demo, digits, mnist, results
@@ -92,9 +94,21 @@ def test_groups_have_the_most_noise_first_and_the_ceiling_last() -> None:
     assert len(groups[1.0]) == 2
 
 
-@pytest.mark.parametrize("recipe", [digits.dpsgd, mnist.dpsgd, mnist.fashion_dpsgd, cifar10.dpsgd])
+_RECIPES = [digits.dpsgd, mnist.dpsgd, mnist.fashion_dpsgd, mnist.papernot2020, mnist.fashion_papernot2020]
+_RECIPES += [mnist.tramer2021, cifar10.dpsgd, cifar10.papernot2020, cifar10.tramer2021]
+
+
+@pytest.mark.parametrize("recipe", _RECIPES)
 def test_every_recipe_has_a_non_private_twin(recipe: object) -> None:
     assert callable(recipe)
     private, twin = recipe(), recipe(private=False)
     assert private.dataset == twin.dataset
     assert (private.non_private, twin.non_private) == (False, True)
+
+
+@pytest.mark.parametrize("recipe", [mnist.dpsgd, mnist.fashion_dpsgd, cifar10.dpsgd])
+def test_a_recipe_suits_the_epsilon_asked_for(recipe: Callable[..., DPSGDRun]) -> None:
+    low, high = recipe(epsilon=1.0), recipe(epsilon=8.0)
+    assert (low.epsilon, high.epsilon, recipe().epsilon) == (1.0, 8.0, 3.0)
+    assert low.learning_rate < high.learning_rate
+    assert low.features == high.features != "none"

@@ -44,14 +44,14 @@ def test_an_unfinished_run_is_refused(runs: list[Path], tmp_path: Path) -> None:
     assert "holds no completed run" in outcome.output
 
 
-def test_the_mnist_recipe_learns_from_the_real_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mnist_recipe_learns_from_the_real_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """A linear model and two epochs: a few seconds, far above guessing, within the budget."""
     data = Path(os.environ.get("DPML_DATA") or _BESIDE_CHECKOUT)
     if not data.is_dir():
         pytest.skip(f"the real data sets are neither in $DPML_DATA nor in {_BESIDE_CHECKOUT}")
     monkeypatch.setenv("DPML_DATA", str(data))
     changed = {"model": "linear", "epochs": 2, "batch_size": 512, "learning_rate": 0.5, "clip_norm": 1.0}
-    result = run_dpsgd(replace(mnist.dpsgd(), **changed, micro_batch_size=256, insecure_noise_seed=1))
+    result = run_dpsgd(replace(mnist.papernot2020(), **changed, micro_batch_size=256, insecure_noise_seed=1))
     assert result.epsilon <= 3
     assert result.summary["steps"] == 234
     assert result.summary["test_accuracy"] > 0.85
