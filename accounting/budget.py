@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accounting.errors import UserError
+from accounting.errors import OneLine, UserError
 from accounting.events import Event, check_number
 
 
@@ -30,7 +30,7 @@ class PrivacyBudget:
         return f"ε = {self.epsilon:g} at δ = {self.delta:g}"
 
 
-class BudgetExceeded(Exception):
+class BudgetExceeded(OneLine):
     """An event that does not fit in what is left of a budget. Nothing was recorded or released.
 
     Attributes:
