@@ -42,6 +42,7 @@ def execute(notebook: NotebookNode, folder: Path, *, small: bool) -> None:
         timeout=3600,
         resources={"metadata": {"path": str(folder)}},
     )
+    client.owns_km = True  # it is shut down after the last cell
     client.execute(env={**os.environ, "DPML_NOTEBOOKS": "small" if small else "full"})
 
 

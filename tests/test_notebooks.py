@@ -1,7 +1,6 @@
 """The notebooks run from the top at small settings, and are what their sources say."""
 
 import re
-import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -41,8 +40,7 @@ CHARTS = {"ten_minutes": 1, "tradeoff_mnist": 4, "pate_against_dpsgd": 1}
 
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Jupyter's own packages
+    with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(NOTEBOOKS)
         return __import__("build")
 
@@ -68,7 +66,6 @@ def test_links_lead_somewhere() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|jupyter_core|nbclient|traitlets)")
 @pytest.mark.parametrize("name", SHOWS)
 def test_a_notebook_runs_and_shows_what_it_promises(name: str, build: ModuleType, tmp_path: Path) -> None:
     if name == "tradeoff_mnist":

@@ -1,16 +1,11 @@
 """What a notebook shows of results, data and mistakes."""
 
-import warnings
-
 import numpy as np
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 import dpml
 from dpml.verify import verify_run
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # of IPython's dependencies
-    from IPython.core.interactiveshell import InteractiveShell
 
 
 @pytest.mark.parametrize(
