@@ -127,8 +127,8 @@ Markdown((RUNS / "statement.md").read_text(encoding="utf-8"))
 # On MNIST this harms nobody. On real records there are three honest ways:
 #
 # - fix the settings beforehand, on public data of a similar kind, and train once;
-# - `dpml tune`, which keeps the number of trials secret and publishes the best alone: that costs about as much as two or
-#   three runs, however many are tried;
+# - `dpml tune`, which keeps the number of trials secret and publishes the best alone: dearer than one run, and the more
+#   so the more it tries, but far cheaper than paying for all of them;
 # - quote the ε of the whole sweep.
 #
 # ## Try it yourself
