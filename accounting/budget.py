@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accounting.errors import UserError
+from accounting.errors import OneLine, UserError
 from accounting.events import Event, check_number
 
 
@@ -55,7 +55,7 @@ class Receipt:
     caveat: str = ""
 
 
-class BudgetExceeded(Exception):
+class BudgetExceeded(OneLine):
     """An event that does not fit in what is left of a budget. Nothing was recorded or released.
 
     Attributes:

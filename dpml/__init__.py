@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dpml.adaptive import AdaptiveClipping
     from dpml.averaging import WeightAverage
     from dpml.config import DPSGDConfig, DPSGDRun
-    from dpml.data import load
+    from dpml.data import from_arrays, load
     from dpml.data.batches import Examples
     from dpml.data.samplers import PoissonSampler
     from dpml.dpsgd import run_dpsgd, train_dpsgd
@@ -66,6 +66,7 @@ _HOMES = {
     "build": "dpml.models",
     "calibrate_noise_multiplier": "accounting",
     "cross_entropy": "dpml.gradients",
+    "from_arrays": "dpml.data",
     "load": "dpml.data",
     "run_dpsgd": "dpml.dpsgd",
     "run_pate": "dpml.pate.trainer",
@@ -100,6 +101,7 @@ __all__ = [
     "build",
     "calibrate_noise_multiplier",
     "cross_entropy",
+    "from_arrays",
     "load",
     "run_dpsgd",
     "run_pate",

@@ -95,6 +95,10 @@ class TrainingResult:
         value = self.summary["epsilon"]
         return math.inf if value is None else float(value)
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows of a result."""
+        return self.statement
+
 
 class Report:
     """Tells trackers and the output folder what happens. It reads a run and never changes it.

@@ -63,7 +63,9 @@ def test_every_command_names_flags_that_exist(capsys: pytest.CaptureFixture[str]
         words = shlex.split(command)[1:]
         flags = {word for word in words if word.startswith("--")}
         path = [word for word in words if not word.startswith("-")][:2]
-        path = path if path[0] in ("train", "calibrate", "ledger") or path[-1] in ("dpsgd", "pate") else path[:1]
+        path = (
+            path if path[0] in ("train", "calibrate", "ledger") or path[-1] in ("dpsgd", "pate") else path[:1]
+        )
         assert main([*path, "--help"]) == 0
         text = capsys.readouterr().out
         assert not [flag for flag in flags if flag not in text], command

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from accounting.errors import UserError
 
@@ -59,6 +60,16 @@ class LabeledData:
     def example_shape(self) -> tuple[int, ...]:
         """The shape of one example, `(channels, height, width)` for images."""
         return tuple(self.x_train.shape[1:])
+
+    @property
+    def train_set(self) -> TensorDataset:
+        """The private records as trainers take them."""
+        return TensorDataset(self.x_train, self.y_train)
+
+    @property
+    def test_set(self) -> TensorDataset:
+        """The test records as trainers take them."""
+        return TensorDataset(self.x_test, self.y_test)
 
     @property
     def train_examples(self) -> int:

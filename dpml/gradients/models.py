@@ -7,6 +7,7 @@ layer that writes what it sees into its weights or buffers releases it without a
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,10 +92,10 @@ def _spoil_second(outputs: Tensor) -> Tensor:
 def make_trainable(model: nn.Module) -> nn.Module:
     """Return a copy in which layers that cannot be trained privately are replaced.
 
-    Batch normalisation becomes GroupNorm (Opacus's fixers, and ours for layers without parameters, which
-    those pass over); instance normalisation loses its running statistics.
+    Batch normalisation becomes GroupNorm, instance normalisation loses its running statistics, and Opacus's
+    fixers do the rest.
     """
-    fixed: nn.Module = ModuleValidator.fix(model)
+    fixed = copy.deepcopy(model)
     norms = nn.modules.batchnorm._NormBase
     for name, layer in list(fixed.named_modules()):
         if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
@@ -103,13 +104,16 @@ def make_trainable(model: nn.Module) -> nn.Module:
                 setattr(layer, statistic, None)
         elif isinstance(layer, norms):
             width = layer.num_features
-            group = nn.GroupNorm(math.gcd(32, width), width, eps=layer.eps, affine=layer.affine)
+            # A vector is one group: normalised alone, each of its numbers would become 0.
+            groups = 1 if isinstance(layer, nn.BatchNorm1d) else math.gcd(32, width)
+            group = nn.GroupNorm(groups, width, eps=layer.eps, affine=layer.affine)
             group.requires_grad_(any(p.requires_grad for p in layer.parameters()))
             parent, _, child = name.rpartition(".")
             if not child:
                 return group
             setattr(fixed.get_submodule(parent), child, group)
-    return fixed
+    trainable: nn.Module = ModuleValidator.fix(fixed)
+    return trainable
 
 
 def _problem(layer: nn.Module) -> str | None:

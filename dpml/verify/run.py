@@ -73,6 +73,9 @@ class Verification:
             f"are what ran.{release}"
         )
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
         """One line for each check, and the conclusion."""
         return [*(f"  {c.verdict:<11}  {c.name:<19}  {c.words}" for c in self.checks), self.conclusion]

@@ -3,7 +3,7 @@
     study, = studies(load_runs([Path("runs/sweep")]))
     accuracy_chart(study)
 
-The functions return matplotlib figures; in a notebook, `import matplotlib.pyplot` first, so that they show.
+The functions return matplotlib figures, which notebooks show.
 """
 
 from recipes.charts.frontier import frontier_chart

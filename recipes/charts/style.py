@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import textwrap
@@ -106,10 +107,19 @@ class AccuracyAxis:
         axes.set_ylim(self.value(self.low), self.value(self.high))
 
 
+class _Picture(Figure):
+    """A figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
 def new_figure(title: str, *, height: float = 5.0) -> tuple[Figure, Any]:
     """A figure of 8 inches with one pair of axes."""
     with mpl.rc_context({"font.size": 11, "font.family": "DejaVu Sans", "axes.edgecolor": MUTED}):
-        figure = Figure(figsize=(8, height), dpi=160, layout="constrained")
+        figure = _Picture(figsize=(8, height), dpi=160, layout="constrained")
         axes = figure.subplots()
         axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)

@@ -252,6 +252,14 @@ def test_a_model_that_was_made_trainable_trains():
     assert all(bool(gradient.any()) for gradient in clipped.gradients[:2])
 
 
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("affine", [True, False])
+def test_what_replaces_batch_normalisation_of_vectors_lets_them_through(width, affine):
+    fixed = make_trainable(nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width, affine=affine)))
+    outputs = fixed(torch.randn(50, 6))
+    assert len(outputs.unique()) > 50 * width // 2, "groups of one or two numbers would leave 0 or ±1 of each"
+
+
 def test_a_model_that_needs_no_fix_is_copied_as_it_is():
     model = chain(nn.LayerNorm(6))
     fixed = make_trainable(model)
