@@ -1,9 +1,9 @@
 """A seeded fuzzer: draws hostile values, runs one case of a target, and judges what came of it.
 
-A target is a function `(draw, folder) -> None` in the registry `TARGETS`. It makes one call with drawn values and
-asserts that whatever was accepted is valid. A case may end in success or in one of the documented refusals with
-one clear line; a traceback, a warning, a hang, much memory or a failed assertion is a finding. The case `n` of a
-target is always the same: its draws come from `random.Random(f"{name} {n}")`.
+A target is a function `(draw) -> None` in the registry `TARGETS`. It makes one call with drawn values and
+asserts that whatever was accepted is valid. A case may end in success or in one of the documented refusals
+with one clear line; a traceback, a warning, a hang, much memory or a failed assertion is a finding. The case
+`n` of a target is always the same: its draws come from `random.Random(f"{name} {n}")`.
 
     DPML_FUZZ=20000 python -m pytest tests/fuzz          # as a test
     python tests/fuzz/fuzzing.py 20000 [TARGET...]       # all findings, and a table of what ran
@@ -11,11 +11,13 @@ target is always the same: its draws come from `random.Random(f"{name} {n}")`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -38,7 +40,7 @@ _WALL = 60.0
 _MEGABYTES = 1500
 """Growth of the peak memory in one case that counts as an explosion."""
 
-Run = Callable[["Draw", Path], None]
+Run = Callable[["Draw"], None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,14 @@ class _Odd:
 
 
 class Draw(random.Random):
-    """Random values of all kinds."""
+    """Random values of all kinds, and an empty folder for a case's own files, which it runs in."""
+
+    def __init__(self, seed: str, folder: Path) -> None:
+        super().__init__(seed)
+        self.folder = folder
+
+    def __new__(cls, *_: object) -> Draw:
+        return super().__new__(cls)
 
     def junk(self) -> Any:
         """Anything that a caller might pass by mistake."""
@@ -90,7 +99,9 @@ class Draw(random.Random):
             return self.text()
         if kind == 3:
             return self.choice(_OBJECTS)()
-        return self.choice([[], [self.number()], (self.number(),), {"a": self.number()}, [[1], [2, 3]], {1, 2}])
+        return self.choice(
+            [[], [self.number()], (self.number(),), {"a": self.number()}, [[1], [2, 3]], {1, 2}]
+        )
 
     def number(self) -> Any:
         """A number of some type, mostly an odd one."""
@@ -139,7 +150,9 @@ class Draw(random.Random):
             case 2:
                 holder[key] = {"type": "Composed", "events": [holder[key]] * 3}
             case 3 if isinstance(holder, dict):
-                holder[self.choice(["odd", "type", "count", "schema_version", "__class__"])] = self.json_value()
+                holder[self.choice(["odd", "type", "count", "schema_version", "__class__"])] = (
+                    self.json_value()
+                )
             case _:
                 holder[key] = self.json_value()
         return data
@@ -169,18 +182,97 @@ _NUMPY: list[Callable[[], Any]] = [
     *(lambda: np.datetime64("2020-01-01"), lambda: np.array("zero-out"), lambda: np.str_("pld")),
 ]
 _TEXTS = [
-    *("", " ", "a", "1", "1e3", "nan", "inf", "-1", "None", "true", "zero-out", "pld", "rdp", "digits", "..", "/"),
-    *("\x00", "a\x00b", "a\nb", "\x1b[31m", "ε", "😀", "\udcff", "x" * 5000, "../" * 50, "/dev/null", "/dev/zero"),
-    *("~nobody/x", "%s", "{}", "'", '"', "--help", "0x10", "1_000", "١٢", "1" * 5000, "file:///etc", "a,b", ","),
+    *(
+        "",
+        " ",
+        "a",
+        "1",
+        "1e3",
+        "nan",
+        "inf",
+        "-1",
+        "None",
+        "true",
+        "zero-out",
+        "pld",
+        "rdp",
+        "digits",
+        "..",
+        "/",
+    ),
+    *(
+        "\x00",
+        "a\x00b",
+        "a\nb",
+        "\x1b[31m",
+        "ε",
+        "😀",
+        "\udcff",
+        "x" * 5000,
+        "../" * 50,
+        "/dev/null",
+        "/dev/zero",
+    ),
+    *(
+        "~nobody/x",
+        "%s",
+        "{}",
+        "'",
+        '"',
+        "--help",
+        "0x10",
+        "1_000",
+        "١٢",
+        "1" * 5000,
+        "file:///etc",
+        "a,b",
+        ",",
+    ),
 ]
 _OBJECTS: list[Callable[[], Any]] = [
-    *(object, _Odd, lambda: _Odd, lambda: len, lambda: (lambda x: x), lambda: ..., lambda: NotImplemented),
-    *(lambda: b"bytes", lambda: bytearray(b"x"), lambda: Path("/dev/null"), lambda: iter([]), lambda: range(3)),
+    *(object, _Odd, lambda: _Odd, lambda: len, lambda: lambda x: x, lambda: ..., lambda: NotImplemented),
+    *(
+        lambda: b"bytes",
+        lambda: bytearray(b"x"),
+        lambda: Path("/dev/null"),
+        lambda: iter([]),
+        lambda: range(3),
+    ),
     *(lambda: float, lambda: Exception("a\nb"), lambda: slice(1), lambda: 10**5000),
 ]
-_WORDS = [b"null", b"NaN", b"Infinity", b"-1", b"1e999", b"\x00", b"\xff\xfe", b"{", b"[" * 5000, b'"', b"9" * 5000]
+_WORDS = [
+    b"null",
+    b"NaN",
+    b"Infinity",
+    b"-1",
+    b"1e999",
+    b"\x00",
+    b"\xff\xfe",
+    b"{",
+    b"[" * 5000,
+    b'"',
+    b"9" * 5000,
+]
 _JSON: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2, 10**15, 10**400, 0.0, 0.5, 1.5, -0.5, 1e-300, 1e300, math.nan, math.inf),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        10**15,
+        10**400,
+        0.0,
+        0.5,
+        1.5,
+        -0.5,
+        1e-300,
+        1e300,
+        math.nan,
+        math.inf,
+    ),
     *("", "a", "1", "rdp", "zero-out", "x" * 3000, "\n", "\x00", [], {}, [1], [[]], {"a": 1}, ["a", None]),
     *({"type": "NonPrivate"}, {"type": "Gaussian", "noise_multiplier": 1.0}, {"type": "Event"}),
 ]
@@ -231,13 +323,13 @@ class Tally:
 
 def run_case(chosen: Target, number: int, folder: Path) -> str:
     """Run one case: "accepted" or "refused". Anything else raises."""
-    draw = Draw(f"{chosen.name} {number}")
+    draw = Draw(f"{chosen.name} {number}", folder)
     np.random.seed(number)  # noqa: NPY002 - what a target draws by NumPy's global generator, if it does
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with warnings.catch_warnings(), _no_longer_than(SECONDS):
         warnings.simplefilter("error")
         try:
-            chosen.run(draw, folder)
+            chosen.run(draw)
             outcome = "accepted"
         except REFUSALS as error:
             refused_clearly(error)
@@ -268,19 +360,36 @@ def run_cases(chosen: Target, count: int, folder: Path, *, deadline: float = mat
     """Run the first `count` cases of a target, and collect all findings by kind."""
     tally = Tally()
     started = time.monotonic()
-    for number in range(count):
-        if time.monotonic() > deadline:
-            break
-        place = folder / f"{chosen.name}-{number}".replace("/", "-").replace(" ", "-")
-        try:
-            outcome = run_case(chosen, number, place)
-        except (Exception, Hang) as error:
-            tally.findings.setdefault(_kind(error), []).append(f"{chosen.name} {number}: {_words(error)}")
-        else:
-            tally.accepted += outcome == "accepted"
-            tally.refused += outcome == "refused"
+    with _apart(folder):
+        for number in range(count):
+            if time.monotonic() > deadline:
+                break
+            place = folder / "case"
+            place.mkdir()
+            try:
+                with contextlib.chdir(place):
+                    outcome = run_case(chosen, number, place)
+            except (Exception, Hang) as error:
+                tally.findings.setdefault(_kind(error), []).append(f"{chosen.name} {number}: {_words(error)}")
+            else:
+                tally.accepted += outcome == "accepted"
+                tally.refused += outcome == "refused"
+            shutil.rmtree(place)
     tally.seconds = time.monotonic() - started
     return tally
+
+
+@contextmanager
+def _apart(folder: Path) -> Iterator[None]:
+    """With a home, a cache and a data folder that are nobody's."""
+    apart = {"HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache"), "DPML_DATA": str(folder / "data")}
+    before = dict(os.environ)
+    os.environ.update(apart)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _kind(error: BaseException) -> str:
@@ -306,8 +415,8 @@ def shares(count: int, chosen: list[Target]) -> dict[str, int]:
 
 def load_targets() -> None:
     """Import the modules that register targets."""
-    import targets_accounting  # noqa: F401
-    
+    import targets_accounting
+    import targets_dpml  # noqa: F401
 
 
 def main(words: list[str]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import accounting
 from accounting import (
     METHODS,
     RELATIONS,
+    ZCDP,
     BestOfRuns,
     Composed,
     DiscreteGaussian,
@@ -38,7 +38,6 @@ from accounting import (
     ShuffledEpoch,
     SmoothRelease,
     UserError,
-    ZCDP,
     ZeroCost,
     calibrate_noise_multiplier,
     calibrate_sampling_probability,
@@ -99,7 +98,9 @@ def valid_epsilon(value: object) -> None:
 
 def simple(draw: Draw) -> Event:
     """A valid event whose ε is soon computed."""
-    kind = draw.choice([Gaussian, Laplace, EpsilonDelta, GNMax, ReportNoisyMax, Repeated, NonPrivate, ZeroCost])
+    kind = draw.choice(
+        [Gaussian, Laplace, EpsilonDelta, GNMax, ReportNoisyMax, Repeated, NonPrivate, ZeroCost]
+    )
     return kind(**GOOD[kind])
 
 
@@ -119,7 +120,7 @@ def made(draw: Draw, depth: int = 0) -> Event:
 
 
 @target("accounting: events, one wrong", 3)
-def _events(draw: Draw, folder: Path) -> None:
+def _events(draw: Draw) -> None:
     kind = draw.choice([kind for kind in GOOD if GOOD[kind]])
     values, name = draw.one_wrong(GOOD[kind])
     with naming({"event": kind.__name__, "events": kind.__name__}.get(name, name)):
@@ -127,7 +128,7 @@ def _events(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: events, nested", 3)
-def _nested(draw: Draw, folder: Path) -> None:
+def _nested(draw: Draw) -> None:
     event = made(draw)
     valid(event)
     parts = atoms(event, draw.choice(RELATIONS))
@@ -136,7 +137,7 @@ def _nested(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: from_dict", 3)
-def _from_dict(draw: Draw, folder: Path) -> None:
+def _from_dict(draw: Draw) -> None:
     kind = draw.choice(list(GOOD))
     body = Repeated(Composed([kind(**GOOD[kind]), Gaussian(1.0)]), 3).to_dict()
     data = draw.mutated_json(body) if draw.random() < 0.9 else draw.junk()
@@ -144,20 +145,23 @@ def _from_dict(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: accountant, made", 1.5)
-def _accountant(draw: Draw, folder: Path) -> None:
-    good = {"method": "rdp", "budget": PrivacyBudget(1.0, 1e-5), "neighboring_relation": "zero-out", "tolerance": 0.1}
+def _accountant(draw: Draw) -> None:
+    good = {
+        "method": "rdp",
+        "budget": PrivacyBudget(1.0, 1e-5),
+        "neighboring_relation": "zero-out",
+        "tolerance": 0.1,
+    }
     values, name = draw.one_wrong(good)
     with naming({"neighboring_relation": "relation"}.get(name, name)):
         accountant = PrivacyAccountant(**values)
     assert accountant.method in METHODS
     assert accountant.neighboring_relation in RELATIONS
-    assert type(accountant.neighboring_relation) is str
-    assert type(accountant.method) is str
     assert 0 < accountant.tolerance < 1
 
 
 @target("accounting: accountant, used", 3)
-def _used(draw: Draw, folder: Path) -> None:
+def _used(draw: Draw) -> None:
     budget = draw.choice([None, PrivacyBudget(1.0, 1e-5)])
     accountant = PrivacyAccountant(draw.choice(METHODS), budget=budget, tolerance=0.2)
     if draw.random() < 0.5:
@@ -188,7 +192,7 @@ def _used(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: accountant, any event", 2)
-def _any_event(draw: Draw, folder: Path) -> None:
+def _any_event(draw: Draw) -> None:
     """ε of odd but valid events, of which a small part costs a second."""
     accountant = PrivacyAccountant(
         draw.choice(["rdp", "rdp", "pld"]), neighboring_relation=draw.choice(RELATIONS), tolerance=0.3
@@ -201,7 +205,7 @@ def _any_event(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: budgets", 1)
-def _budget(draw: Draw, folder: Path) -> None:
+def _budget(draw: Draw) -> None:
     values, name = draw.one_wrong({"epsilon": 1.0, "delta": 1e-5})
     with naming(name):
         budget = PrivacyBudget(**values)
@@ -211,7 +215,7 @@ def _budget(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: calibration", 1)
-def _calibration(draw: Draw, folder: Path) -> None:
+def _calibration(draw: Draw) -> None:
     budget = PrivacyBudget(draw.choice([1.0, 1e-3, 50.0]), 1e-5)
     good: dict[str, Any] = {
         "make_event": lambda noise: Gaussian(noise),
@@ -226,7 +230,9 @@ def _calibration(draw: Draw, folder: Path) -> None:
         del good["tolerance"]
     if which == 2:
         good["make_event"] = lambda q: PoissonSampled(Gaussian(2.0), q)
-    values, name = draw.one_wrong(good)
+    values, _ = draw.one_wrong(good)
+    if callable(values["make_event"]) and values["make_event"] is not good["make_event"]:
+        return  # what somebody's own function raises is theirs
     function = (calibrate_noise_multiplier, calibrate_steps, calibrate_sampling_probability)[which]
     found = function(**values)
     assert type(found) in (int, float)
@@ -237,7 +243,7 @@ def _calibration(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: epsilon_curve", 1)
-def _curve(draw: Draw, folder: Path) -> None:
+def _curve(draw: Draw) -> None:
     good = {"step": Gaussian(9.0), "steps": [1, 5], "delta": 1e-5, "method": "rdp", "tolerance": 0.1}
     values, _ = draw.one_wrong({**good, "neighboring_relation": "zero-out"})
     curve = epsilon_curve(**values)
@@ -245,8 +251,12 @@ def _curve(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: trade-off", 1)
-def _tradeoff(draw: Draw, folder: Path) -> None:
-    event, relation, tolerance = draw.maybe(Gaussian(2.0), 0.3), draw.maybe("zero-out", 0.2), draw.maybe(0.1, 0.3)
+def _tradeoff(draw: Draw) -> None:
+    event, relation, tolerance = (
+        draw.maybe(Gaussian(2.0), 0.3),
+        draw.maybe("zero-out", 0.2),
+        draw.maybe(0.1, 0.3),
+    )
     options = {"neighboring_relation": relation, "tolerance": tolerance}
     match draw.randrange(5):
         case 0:
@@ -262,13 +272,19 @@ def _tradeoff(draw: Draw, folder: Path) -> None:
             assert 0.5 <= tradeoff.attack_accuracy(draw.junk()) <= 1
         case _:
             make = draw.maybe(Gaussian, 0.2)
-            wish = draw.choice([{"fpr": draw.maybe(0.01), "tpr": draw.maybe(0.1)}, {"max_advantage": draw.junk()}])
-            noise = tradeoff.calibrate_noise_for_risk(make, **wish, **{**options, "tolerance": draw.maybe(0.05, 0.3)})
+            if callable(make) and make is not Gaussian:
+                return  # what somebody's own function raises is theirs
+            wish = draw.choice(
+                [{"fpr": draw.maybe(0.01), "tpr": draw.maybe(0.1)}, {"max_advantage": draw.junk()}]
+            )
+            noise = tradeoff.calibrate_noise_for_risk(
+                make, **wish, **{**options, "tolerance": draw.maybe(0.05, 0.3)}
+            )
             assert 0 < noise < math.inf
 
 
 @target("accounting: GDP", 1)
-def _gdp(draw: Draw, folder: Path) -> None:
+def _gdp(draw: Draw) -> None:
     mu, epsilon, delta, rate = (draw.maybe(good) for good in (0.5, 1.0, 1e-5, 0.1))
     calls: list[Any] = [
         lambda: gdp.gaussian_mu(draw.maybe(Gaussian(2.0)), neighboring_relation=draw.maybe("zero-out")),
@@ -306,17 +322,23 @@ def _rows(draw: Draw) -> Any:
 
 
 @target("accounting: PATE", 2)
-def _pate(draw: Draw, folder: Path) -> None:
+def _pate(draw: Draw) -> None:
     votes, noise, orders = _rows(draw), draw.maybe(4.0, 0.3), draw.maybe([2.0, 10.0, 32.0], 0.3)
     answered = draw.choice([None, [True, False, True], draw.junk()])
     calls: list[Any] = [
         lambda: pate.gnmax_rdp(votes, noise, orders),
         lambda: pate.lnmax_rdp(votes, noise, orders),
         lambda: pate.threshold_rdp(votes, draw.maybe(6.0), noise, orders),
-        lambda: pate.confident_gnmax_rdp(votes, noise, draw.maybe(6.0), draw.maybe(5.0), orders, answered=answered),
+        lambda: pate.confident_gnmax_rdp(
+            votes, noise, draw.maybe(6.0), draw.maybe(5.0), orders, answered=answered
+        ),
         lambda: pate.data_dependent_rdp(draw.maybe([-1.0, -9.0]), noise, orders),
         lambda: pate.diagnose_gnmax(votes, noise, orders).epsilon(draw.maybe(1e-5)),
-        lambda: pate.diagnose_confident_gnmax(votes, noise, draw.maybe(6.0), draw.maybe(5.0), answered=answered).rdp,
+        lambda: (
+            pate.diagnose_confident_gnmax(
+                votes, noise, draw.maybe(6.0), draw.maybe(5.0), answered=answered
+            ).rdp
+        ),
         lambda: pate.diagnose_lnmax(votes, noise, orders).rdp,
         lambda: pate.moments_epsilon(votes, noise, draw.maybe(1e-5), draw.maybe(8)),
     ]
@@ -325,7 +347,7 @@ def _pate(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: PATE, sanitised", 1)
-def _sanitised(draw: Draw, folder: Path) -> None:
+def _sanitised(draw: Draw) -> None:
     if draw.random() < 0.3:
         noise = pate_sanitise.gnss_noise_multiplier(
             draw.maybe(0.1), order=draw.maybe(20.0), beta=draw.maybe(0.01), shift=draw.maybe(4.0)
@@ -343,10 +365,12 @@ def _sanitised(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: selection", 1)
-def _selection(draw: Draw, folder: Path) -> None:
+def _selection(draw: Draw) -> None:
     match draw.randrange(4):
         case 0:
-            runs: selection.RunsDistribution = selection.NegativeBinomialRuns(draw.maybe(1.0), draw.maybe(0.1))
+            runs: selection.RunsDistribution = selection.NegativeBinomialRuns(
+                draw.maybe(1.0), draw.maybe(0.1)
+            )
         case 1:
             runs = selection.PoissonRuns(draw.junk())
         case 2:
@@ -354,7 +378,9 @@ def _selection(draw: Draw, folder: Path) -> None:
         case _:
             runs = selection.NegativeBinomialRuns(1.0, 0.1)
             rho = draw.junk()
-            found = selection.selection_divergence(draw.maybe(np.array([2.0, 8.0])), lambda _: rho, draw.maybe(runs, 0.3))
+            found = selection.selection_divergence(
+                draw.maybe(np.array([2.0, 8.0])), lambda _: rho, draw.maybe(runs, 0.3)
+            )
             assert (np.asarray(found) >= 0).all()
     assert 0 < runs.mean_runs <= math.inf
     assert 0 <= runs.probability_of(draw.maybe(2)) <= 1
@@ -362,7 +388,7 @@ def _selection(draw: Draw, folder: Path) -> None:
 
 
 @target("accounting: statement", 1)
-def _statement(draw: Draw, folder: Path) -> None:
+def _statement(draw: Draw) -> None:
     risk = statement.Risk.of(draw.maybe(Gaussian(2.0)), draw.maybe(1e-5), draw.maybe("zero-out", 0.3))
     assert all(not math.isnan(value) for value in vars(risk).values() if isinstance(value, float))
 
