@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from accounting.errors import UnsupportedEvent, UserError
 SCHEMA_VERSION = 1
 _DEEPEST_NESTING = 32
 _MOST_RUNS = 10**15
+_Kind = TypeVar("_Kind")
 
 NeighboringRelation = Literal["zero-out", "add-or-remove-one", "replace-one"]
 """Which two data sets must be hard to tell apart.
@@ -101,6 +102,13 @@ def check_array(value: object, name: str, owner: str) -> npt.NDArray[np.float64]
         raise UserError(f"The '{name}' parameter of {owner} must be numbers. Got {shown(value)}.")
     with np.errstate(over="ignore"):
         return array.astype(np.float64)
+
+
+def check_instance(value: object, kind: type[_Kind], name: str, owner: str) -> _Kind:
+    """Return `value` if it is an instance of `kind`; raise UserError otherwise."""
+    if isinstance(value, kind):
+        return value
+    raise UserError(f"The '{name}' parameter of {owner} must be a {kind.__name__}. Got {shown(value)}.")
 
 
 def check_relation(value: object) -> NeighboringRelation:

@@ -30,7 +30,15 @@ from scipy.special import ndtr, ndtri
 from accounting.atoms import Atom
 from accounting.calibration import LEAST_NOISE, MOST_NOISE, UnreachableBudget
 from accounting.errors import UserError
-from accounting.events import Event, NeighboringRelation, atoms, check_array, check_number, check_relation, shown
+from accounting.events import (
+    Event,
+    NeighboringRelation,
+    atoms,
+    check_array,
+    check_number,
+    check_relation,
+    shown,
+)
 from accounting.pairs import UNIT, FloatArray
 from accounting.profile import PrivacyProfile
 from accounting.search import approach

@@ -18,7 +18,7 @@ from accounting import (
     Repeated,
     UserError,
 )
-from accounting.events import check_count, check_number
+from accounting.events import check_count, check_instance, check_number
 from dpml.config import PrivateConfig
 
 ENGINE_SLACK = 1e-5
@@ -55,6 +55,7 @@ def accountant_for(
     """
     if shared is None:
         return PrivacyAccountant(config.accountant, budget=config.budget, neighboring_relation=relation)
+    check_instance(shared, PrivacyAccountant, "accountant", "a run")
     if shared.neighboring_relation != relation:
         raise UserError(
             f"The accountant is for the relation {shared.neighboring_relation}, the run for {relation}; make "

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from accounting import BudgetExceeded, Composed, Event, PrivacyAccountant, PrivacyBudget, Repeated, UserError
-from accounting.events import check_number, check_relation
+from accounting.events import check_instance, check_number, check_relation
 from dpml.pate.aggregation import Aggregator, aggregator
 from dpml.pate.answers import NOT_ASKED, AnswerBook, Desk, query_keys
 from dpml.pate.teachers import load_ensemble
@@ -56,6 +56,10 @@ class PrivatePredictor:
         confident: bool = False,
         randomness: Randomness | None = None,
     ) -> None:
+        if budget is not None:
+            check_instance(budget, PrivacyBudget, "budget", "PrivatePredictor")
+        if randomness is not None:
+            check_instance(randomness, Randomness, "randomness", "PrivatePredictor")
         self.ensemble, description = load_ensemble(folder)
         path = Path(folder) / _BOOK
         if path.exists():

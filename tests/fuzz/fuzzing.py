@@ -415,8 +415,7 @@ def shares(count: int, chosen: list[Target]) -> dict[str, int]:
 
 def load_targets() -> None:
     """Import the modules that register targets."""
-    import targets_accounting
-    import targets_dpml  # noqa: F401
+    import targets_files  # noqa: F401
 
 
 def main(words: list[str]) -> int:
