@@ -144,7 +144,8 @@ class Randomness:
     @classmethod
     def from_seed(cls, seed: int, purpose: str) -> Randomness:
         """A reproducible stream; different purposes ("sampling", "noise") give independent streams."""
-        if isinstance(seed, bool) or not isinstance(seed, Integral) or abs(seed) >= 2**64:
+        whole: object = seed
+        if isinstance(whole, bool) or not isinstance(whole, Integral) or abs(int(whole)) >= 2**64:
             raise UserError(f"The seed must be a whole number below 2^64. Got {shown(seed)}.")
         check_instance(purpose, str, "purpose", "from_seed")
         key = hashlib.sha256(f"dpml {purpose} {int(seed)}".encode(errors="surrogatepass")).digest()

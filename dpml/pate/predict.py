@@ -65,7 +65,10 @@ class PrivatePredictor:
         if path.exists():
             title = AnswerBook.read_title(path)
             self.aggregator = Aggregator.from_dict(title["aggregator"])
-            self.budget = PrivacyBudget(**title["about"]["budget"])
+            try:
+                self.budget = PrivacyBudget(**title["about"]["budget"])
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{str(path)!r} is damaged: it names no budget.") from error
             self._require_same(budget, noise_multiplier, confident)
         else:
             if budget is None:

@@ -218,7 +218,7 @@ def _tune(draw: Draw) -> None:
         "--dataset": _own(),
         "--batch-size": "8",
     }
-    words = mutated(draw, "tune", {**good, "--epochs": "1", "--model": "mlp", "--accountant": "rdp"})
+    words = mutated(draw, "tune", {**good, "--epochs": "1", "--model": "mlp"})
     words.insert(1, draw.choice(["dpsgd-digits", "dpsgd-digits", "pate-digits", draw.text()]))
     call(words)
 
