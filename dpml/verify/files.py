@@ -13,6 +13,7 @@ from accounting import Composed, Event, UnsupportedEvent
 from accounting.events import check_relation
 from accounting.statement import PATEFacts, PrivacyFacts, Risk
 from accounting.statement import statement as written
+from dpml.paths import read_text
 from dpml.verify.check import Check, Folder
 
 _SHARED = (
@@ -28,7 +29,7 @@ def statement(folder: Folder) -> list[Check]:
     path = folder.path / "statement.md"
     if not path.is_file():
         return [Check("statement", "FAILED", "is missing")]
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if folder.is_private:
         expected = _statements(folder)
     else:

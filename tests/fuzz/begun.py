@@ -29,6 +29,11 @@ def _begin_sweep(cells: list[Any], *_: object, **__: object) -> None:
     raise Begun
 
 
+def _begin_trial(plan: Any, *_: object) -> None:
+    valid(plan.event)
+    raise Begun
+
+
 @contextmanager
 def stopped_at_training() -> Iterator[None]:
     """A run inside ends where its plan has been admitted, which is accepted."""
@@ -36,6 +41,8 @@ def stopped_at_training() -> Iterator[None]:
         mock.patch("dpml.report.Report.start", _begin),
         mock.patch("dpml.pate.report.PATEReport.start", _begin),
         mock.patch("recipes.sweep_workers.run_cells", _begin_sweep),
+        mock.patch("recipes.tuning.trials._rehearse"),
+        mock.patch("recipes.tuning.trials._run_trial", _begin_trial),
     ):
         try:
             yield

@@ -136,7 +136,7 @@ _WISH: dict[str, str | None] = {"--noise-multiplier": "1.1", "--delta": "1e-5"}
 
 def _valid_answer(out: str) -> None:
     """Assert that an answer in JSON holds a valid ε."""
-    answer = json.loads(out, parse_constant=lambda word: math.nan)
+    answer = json.loads(out, parse_constant=float)
     epsilon, lower = answer["epsilon"], answer["epsilon_lower"]
     assert epsilon is None or 0 <= epsilon < math.inf
     assert lower is None or 0 <= lower < math.inf

@@ -103,11 +103,11 @@ def _npz_headers(draw: Draw) -> None:
             + b"\n"
         )
         member = b"\x93NUMPY\x01\x00" + struct.pack("<H", min(len(header), 65535)) + header + bytes(640)
-        with zipfile.ZipFile("own.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-            with zipfile.ZipFile(data_folder() / "own.npz") as good:
-                wrong = draw.choice(good.namelist()[:4])
-                for name in good.namelist():
-                    archive.writestr(name, member if name == wrong else good.read(name))
+        packed = zipfile.ZipFile("own.npz", "w", zipfile.ZIP_DEFLATED)
+        with packed as archive, zipfile.ZipFile(data_folder() / "own.npz") as good:
+            wrong = draw.choice(good.namelist()[:4])
+            for name in good.namelist():
+                archive.writestr(name, member if name == wrong else good.read(name))
     _valid_data(dpml.load("own.npz"))
 
 
