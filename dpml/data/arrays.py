@@ -5,6 +5,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ _MOST_INFERRED_CLASSES = 1000
 # What reading a file of any content may raise; MemoryError, where a header claims what no memory holds.
 _DAMAGED = (
     *(OSError, EOFError, ValueError, TypeError, RuntimeError, LookupError, SyntaxError, MemoryError),
-    *(OverflowError, zipfile.BadZipFile, zlib.error, struct.error, lzma.LZMAError),
+    *(OverflowError, TokenError, zipfile.BadZipFile, zlib.error, struct.error, lzma.LZMAError),
 )
 
 

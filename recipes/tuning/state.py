@@ -143,13 +143,13 @@ class TuningState:
             (self.folder.path / FOLDER / old).unlink(missing_ok=True)
 
     def _require_sense(self, candidates: int) -> None:
-        """Raise ValueError unless these are trials, of which so many are done, and one of them is the best."""
+        """Raise ValueError unless these are trials, so many are done, and one of them is the best."""
         best = self.best
         picks = self.picks if best is None else [*self.picks, best.pick]
         good = all(type(pick) is int and 0 <= pick < candidates for pick in picks)
         good &= type(self.done) is int and 0 <= self.done <= len(self.picks)
         if best is not None:
-            good &= best.score is None or (isinstance(best.score, float | int) and math.isfinite(best.score))
+            good &= best.score is None or (type(best.score) in (int, float) and math.isfinite(best.score))
             good &= isinstance(best.weights, str) and isinstance(best.summary, dict)
             good &= isinstance(best.progress, list)
         if not good or (best is None) != (self.done == 0):

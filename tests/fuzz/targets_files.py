@@ -332,6 +332,7 @@ def _tables(draw: Draw) -> None:
 @target("file: a tuning state", 1)
 def _state(draw: Draw) -> None:
     words = "tune dpsgd-digits --output out --epsilon 3 --delta 1e-3 --learning-rate 0.1,0.2 --epochs 1"
+    words += " --model mlp"
     call(
         [
             *words.split(),
