@@ -89,7 +89,10 @@ def check_answered(answered: npt.ArrayLike | None, queries: int) -> BoolArray:
     """Return which queries were answered, shape [queries]; all of them if `answered` is None."""
     if answered is None:
         return np.ones(queries, dtype=np.bool_)
-    mask = np.asarray(answered)
+    try:
+        mask = np.asarray(answered)
+    except (TypeError, ValueError):  # rows of different lengths
+        mask = np.empty(0)
     if mask.dtype != np.bool_ or mask.shape != (queries,):
         raise UserError(f"'answered' must hold one true or false for each of the {queries} queries.")
     return mask

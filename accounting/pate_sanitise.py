@@ -37,7 +37,7 @@ from scipy.ndimage import maximum_filter1d, minimum_filter1d
 from scipy.special import log_ndtr, ndtri, ndtri_exp
 
 from accounting.errors import UserError
-from accounting.events import check_number, shown
+from accounting.events import check_instance, check_number, shown
 from accounting.pairs import FloatArray
 from accounting.pate import (
     check_answered,
@@ -201,6 +201,7 @@ def private_cost(
     Raises:
         UserError: for votes that are not whole, rows of different sums, or more than 200,000 teachers.
     """
+    check_instance(mechanism, NoisyMax, "mechanism", "private_cost")
     counts = check_votes(votes)
     teachers = _teachers(counts)
     order = _check_order(order)

@@ -163,6 +163,8 @@ def calibrate_noise_for_risk(
     """
     tolerance = _checked_tolerance(tolerance, "calibrate_noise_for_risk")
     relation = check_relation(neighboring_relation)
+    if not callable(make_event):
+        raise UserError(f"'make_event' must be a function that makes an event. Got {shown(make_event)}.")
     alpha, target = _checked_target(fpr, tpr, max_advantage)
 
     def excess(noise: float, precision: float = _ROUGH) -> float:

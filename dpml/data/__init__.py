@@ -54,7 +54,7 @@ def load(
     if not isinstance(dataset, str | PathLike):
         raise UserError(f"The data set must be a name or a path. Got {shown(dataset)}.")
     if classes is not None:
-        classes = check_count(classes, "classes", "load", low=2)
+        classes = check_count(classes, "classes", "load")
     name = str(dataset)
     path = _path(name)
     if image_size is not None and (name in NAMES or not path.is_dir()):
