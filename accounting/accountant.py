@@ -28,6 +28,7 @@ from accounting.events import (
     check_number,
     check_relation,
     merged,
+    shown,
 )
 from accounting.filter import RenyiFilter
 from accounting.group import for_group
@@ -64,10 +65,12 @@ class PrivacyAccountant:
         neighboring_relation: NeighboringRelation = "zero-out",
         tolerance: float = pld.DEFAULT_TOLERANCE,
     ) -> None:
-        if method not in METHODS:
-            raise UserError(f"The accountant's method must be one of {', '.join(METHODS)}. Got {method!r}.")
+        if not isinstance(method, str) or method not in METHODS:
+            raise UserError(
+                f"The accountant's method must be one of {', '.join(METHODS)}. Got {shown(method)}."
+            )
         if budget is not None and not isinstance(budget, PrivacyBudget):
-            raise UserError(f"The budget must be a PrivacyBudget(epsilon, delta). Got {budget!r:.80}.")
+            raise UserError(f"The budget must be a PrivacyBudget(epsilon, delta). Got {shown(budget)}.")
         self.method: Method = method
         self.budget = budget
         self.neighboring_relation = check_relation(neighboring_relation)
@@ -222,7 +225,7 @@ class PrivacyAccountant:
     def _admit(self, event: Event) -> Rule | None:
         """The rule under which `event` would be admitted now, or None."""
         if not isinstance(event, Event):
-            raise UserError(f"An accountant records events such as Gaussian(1.1). Got {event!r:.80}.")
+            raise UserError(f"An accountant records events such as Gaussian(1.1). Got {shown(event)}.")
         counts = merged(self._with(event))  # refuses what has no proof under the relation
         if self.budget is None or self._filter is None:
             return "none"
@@ -285,7 +288,7 @@ class Reservation:
 
     def committed_of(self, event: Event) -> int:
         """How many parts of this kind were committed; 0 for a kind that the plan does not have."""
-        return self._committed.get(event, 0)
+        return self._committed.get(event, 0) if isinstance(event, Event) else 0
 
     @property
     def committed(self) -> int:
@@ -306,9 +309,9 @@ class Reservation:
         kind = self.step if event is None else event
         if not self._open:
             raise ReservationError("The reservation is closed; reserve a new plan before releasing more.")
-        if kind not in self._planned:
+        if not isinstance(kind, Event) or kind not in self._planned:
             known = ", ".join(map(str, self._planned))
-            raise ReservationError(f"The plan has no part {kind}: commit one of {known:.200}.")
+            raise ReservationError(f"The plan has no part {shown(kind)}: commit one of {known:.200}.")
         planned, committed = self._planned[kind], self._committed[kind]
         if committed + parts > planned:
             raise ReservationError(

@@ -13,7 +13,7 @@ from typing import Any
 from accounting.accountant import Method, PrivacyAccountant
 from accounting.budget import PrivacyBudget
 from accounting.errors import UserError
-from accounting.events import Event, NeighboringRelation, check_count
+from accounting.events import Event, NeighboringRelation, check_count, check_number, shown
 from accounting.search import approach, largest_whole
 
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e7
@@ -48,6 +48,7 @@ def calibrate_noise_multiplier(
     Raises:
         UnreachableBudget: if even a noise multiplier of 1e7 does not reach the budget.
     """
+    tolerance = check_number(tolerance, "tolerance", "calibrate_noise_multiplier", low=0, high=1)
     judge = _Judge(make_event, budget, neighboring_relation)
     # Rényi bounds are quick, and above PLD's: they end the search from above near the answer.
     high = judge.least_noise(relative=1e-3)
@@ -104,6 +105,7 @@ def calibrate_sampling_probability(
     Raises:
         UnreachableBudget: if even a probability of 1e-12 exceeds the budget.
     """
+    tolerance = check_number(tolerance, "tolerance", "calibrate_sampling_probability", low=0, high=1)
     epsilon = _Judge(make_event, budget, neighboring_relation).by(method)
     if epsilon(1.0) <= budget.epsilon:
         return 1.0
@@ -123,6 +125,12 @@ class _Judge:
     def __init__(
         self, make_event: Callable[[Any], Event], budget: PrivacyBudget, relation: NeighboringRelation
     ) -> None:
+        if not callable(make_event):
+            raise UserError(
+                f"'make_event' must be a function from a number to an event. Got {shown(make_event)}."
+            )
+        if not isinstance(budget, PrivacyBudget):
+            raise UserError(f"The budget must be a PrivacyBudget(epsilon, delta). Got {shown(budget)}.")
         self._make_event, self._budget, self._relation = make_event, budget, relation
 
     def by(self, method: Method) -> Callable[[float], float]:

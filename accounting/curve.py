@@ -12,7 +12,7 @@ from accounting import pld
 from accounting.accountant import METHODS, Method
 from accounting.atoms import Atom, merge_gaussians
 from accounting.errors import UserError
-from accounting.events import Event, NeighboringRelation, atoms, check_count, check_number
+from accounting.events import Event, NeighboringRelation, atoms, check_count, check_number, shown
 from accounting.pairs import FloatArray
 from accounting.rdp import log_hockey_stick_factor, rdp
 from accounting.tilted import Part, Repetition, infinite_mass, largest_loss, tilt_at
@@ -50,8 +50,12 @@ def epsilon_curve(
         neighboring_relation: As for `PrivacyAccountant`.
         tolerance: Relative width of the bracket where it is computed.
     """
-    if method not in METHODS:
-        raise UserError(f"The method must be {' or '.join(METHODS)}. Got {method!r:.80}.")
+    if not isinstance(method, str) or method not in METHODS:
+        raise UserError(f"The method must be {' or '.join(METHODS)}. Got {shown(method)}.")
+    if not isinstance(steps, Sequence):
+        raise UserError(
+            f"The 'steps' of epsilon_curve() must be a list of whole numbers. Got {shown(steps)}."
+        )
     delta = check_number(delta, "delta", "epsilon_curve()", low=0, high=1)
     ends = (steps[0], steps[-1]) if isinstance(steps, range) and steps else steps  # all of a range is whole
     checked = [check_count(count, "steps", "epsilon_curve()") for count in ends]

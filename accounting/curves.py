@@ -11,7 +11,7 @@ import numpy as np
 from accounting import pld
 from accounting.atoms import Atom, Curve
 from accounting.errors import UserError
-from accounting.events import Event, NeighboringRelation, check_event, check_number, merged, shown
+from accounting.events import Event, NeighboringRelation, check_event, check_events, check_number, merged
 from accounting.mechanisms import MOST_EPSILON, changes, store_number
 from accounting.pairs import FloatArray
 from accounting.pate_sanitise import SanitisedRelease, gnss_rdp
@@ -163,13 +163,9 @@ class OneOf(Event):
     may_be_sampled: ClassVar[bool] = False
 
     def __init__(self, events: Iterable[Event]) -> None:
-        parts = tuple(events) if isinstance(events, Iterable) else ()
+        parts = check_events(events, "OneOf")
         if not parts:
-            raise UserError(
-                f"The 'events' of OneOf must be a list of at least one event. Got {shown(events)}."
-            )
-        for part in parts:
-            check_event(part, "OneOf")
+            raise UserError("The 'events' of OneOf must be a list of at least one event. Got none.")
         object.__setattr__(self, "events", parts)
 
     def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:

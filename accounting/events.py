@@ -17,7 +17,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from accounting.atoms import Atom, Sampling, merge_gaussians, one_sample
 from accounting.errors import UnsupportedEvent, UserError
@@ -25,6 +28,7 @@ from accounting.errors import UnsupportedEvent, UserError
 SCHEMA_VERSION = 1
 _DEEPEST_NESTING = 32
 _MOST_RUNS = 10**15
+_Kind = TypeVar("_Kind")
 
 NeighboringRelation = Literal["zero-out", "add-or-remove-one", "replace-one"]
 """Which two data sets must be hard to tell apart.
@@ -40,7 +44,10 @@ RELATIONS: tuple[NeighboringRelation, ...] = get_args(NeighboringRelation)
 
 def shown(value: object) -> str:
     """`value` for a message: one line, at most 80 characters."""
-    words = " ".join(repr(value).split())
+    try:
+        words = " ".join(repr(value).split())
+    except Exception:  # of an int of thousands of digits, or an object that is broken
+        words = f"<{type(value).__name__}>"
     return words if len(words) <= 80 else words[:79] + "…"
 
 
@@ -85,10 +92,29 @@ def check_count(value: object, name: str, owner: str, *, low: int = 0) -> int:
     )
 
 
+def check_array(value: object, name: str, owner: str) -> npt.NDArray[np.float64]:
+    """Return `value` as an array of floats, of any shape; raise UserError unless it holds numbers alone."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):  # rows of different lengths
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "iuf":
+        raise UserError(f"The '{name}' parameter of {owner} must be numbers. Got {shown(value)}.")
+    with np.errstate(over="ignore"):
+        return array.astype(np.float64)
+
+
+def check_instance(value: object, kind: type[_Kind], name: str, owner: str) -> _Kind:
+    """Return `value` if it is an instance of `kind`; raise UserError otherwise."""
+    if isinstance(value, kind):
+        return value
+    raise UserError(f"The '{name}' parameter of {owner} must be a {kind.__name__}. Got {shown(value)}.")
+
+
 def check_relation(value: object) -> NeighboringRelation:
     """Return `value` if it names a neighbouring relation; raise UserError otherwise."""
     for relation in RELATIONS:
-        if value == relation:
+        if isinstance(value, str) and value == relation:
             return relation
     raise UserError(f"The neighbouring relation must be one of {', '.join(RELATIONS)}. Got {shown(value)}.")
 
@@ -207,6 +233,17 @@ def check_event(value: object, owner: str) -> None:
         raise UserError(f"{owner} would be nested deeper than {_DEEPEST_NESTING} levels.")
 
 
+def check_events(values: object, owner: str) -> tuple[Event, ...]:
+    """Return `values` as a tuple of events that may be parts of another one; raise UserError otherwise."""
+    try:
+        parts: tuple[Event, ...] = tuple(values)  # type: ignore[arg-type]
+    except TypeError:
+        raise UserError(f"The 'events' of {owner} must be a list of events. Got {shown(values)}.") from None
+    for part in parts:
+        check_event(part, owner)
+    return parts
+
+
 def _depth(event: Event, known: dict[int, int] | None = None) -> int:
     """How deep events nest; a part that occurs several times is looked at once."""
     known = {} if known is None else known
@@ -221,9 +258,12 @@ def atoms(event: Event, relation: NeighboringRelation = "zero-out") -> dict[Atom
     Unsampled Gaussians are merged into one, exactly.
 
     Raises:
+        UserError: for what is no event, or no relation.
         UnsupportedEvent: where no proof covers the event under this relation.
     """
-    return merged(event.atoms(relation))
+    if not isinstance(event, Event):
+        raise UserError(f"An event such as Gaussian(1.1) is needed. Got {shown(event)}.")
+    return merged(event.atoms(check_relation(relation)))
 
 
 def merged(counts: Mapping[Atom, int]) -> dict[Atom, int]:
@@ -257,12 +297,7 @@ class Composed(Event):
     events: tuple[Event, ...]
 
     def __init__(self, events: Iterable[Event]) -> None:
-        if not isinstance(events, Iterable):
-            raise UserError(f"The 'events' of Composed must be a list of events. Got {shown(events)}.")
-        parts = tuple(events)
-        for part in parts:
-            check_event(part, "Composed")
-        object.__setattr__(self, "events", parts)
+        object.__setattr__(self, "events", check_events(events, "Composed"))
 
     def atoms(self, relation: NeighboringRelation) -> dict[Atom, int]:
         counts: dict[Atom, int] = {}

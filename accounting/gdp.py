@@ -25,7 +25,6 @@ from accounting.events import (
     atoms,
     check_count,
     check_number,
-    check_relation,
     shown,
 )
 from accounting.pld import _gaussian_epsilon, _log_gaussian_delta, _only_gaussian
@@ -46,7 +45,7 @@ def gaussian_mu(event: Event, *, neighboring_relation: NeighboringRelation = "ze
     """
     if not isinstance(event, Event):
         raise UserError(f"A μ is that of an event such as Gaussian(1.1). Got {shown(event)}.")
-    counts = atoms(event, check_relation(neighboring_relation))
+    counts = atoms(event, neighboring_relation)
     if not counts:
         return 0.0
     if Atom.NON_PRIVATE in counts:

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from scipy.special import log_ndtr, logsumexp
 
 from accounting.errors import UserError
-from accounting.events import check_count, check_number
+from accounting.events import check_array, check_count, check_number
 from accounting.pairs import FloatArray
 from accounting.rdp import ORDERS, epsilon_from_rdp
 
@@ -41,6 +41,7 @@ BoolArray = npt.NDArray[np.bool_]
 # The formulas below are exact to about 1e-12; bounds are raised by a thousand times that.
 _RELATIVE_SLACK = 1e-9
 _MOST_VOTES = 1e9
+_MOST_MOMENTS = 10_000
 _CHUNK = 2048
 
 
@@ -73,7 +74,7 @@ def check_votes(votes: npt.ArrayLike) -> FloatArray:
 
 def check_orders(orders: npt.ArrayLike) -> FloatArray:
     """Return Rényi orders as floats, shape [k]; raise UserError unless all are finite and above 1."""
-    array = np.asarray(orders, dtype=np.float64)
+    array = check_array(orders, "orders", "PATE's bounds")
     if array.ndim != 1 or not (np.isfinite(array) & (array > 1)).all():
         raise UserError("The Rényi orders must be a list of finite numbers above 1.")
     return array
@@ -88,7 +89,10 @@ def check_answered(answered: npt.ArrayLike | None, queries: int) -> BoolArray:
     """Return which queries were answered, shape [queries]; all of them if `answered` is None."""
     if answered is None:
         return np.ones(queries, dtype=np.bool_)
-    mask = np.asarray(answered)
+    try:
+        mask = np.asarray(answered)
+    except (TypeError, ValueError):  # rows of different lengths
+        mask = np.empty(0)
     if mask.dtype != np.bool_ or mask.shape != (queries,):
         raise UserError(f"'answered' must hold one true or false for each of the {queries} queries.")
     return mask
@@ -150,9 +154,10 @@ def data_dependent_rdp(log_q: npt.ArrayLike, scale: float, orders: npt.ArrayLike
         orders: Orders α, shape [k].
     """
     alpha = check_orders(orders)[None, :]
-    logq = np.asarray(log_q, dtype=np.float64)[:, None]
-    if not (logq <= np.inf).all():
-        raise UserError("Log-probabilities must be numbers.")
+    logq = check_array(log_q, "log_q", "data_dependent_rdp")
+    if logq.ndim != 1 or np.isnan(logq).any():
+        raise UserError("Log-probabilities must be a list of numbers.")
+    logq = logq[:, None]
     variance = check_number(scale, "scale", "data_dependent_rdp", low=1e-7, high=1e10) ** 2
     independent = np.broadcast_to(alpha / variance, (len(logq), alpha.shape[1]))
 
@@ -291,7 +296,9 @@ def moments_epsilon(votes: npt.ArrayLike, noise_scale: float, delta: float, mome
     through `diagnose_lnmax` and the present conversion are tighter.
     """
     failure = check_number(delta, "delta", "moments_epsilon", low=0, high=1)
-    orders = 1.0 + np.arange(1, check_count(moments, "moments", "moments_epsilon", low=1) + 1)
+    if check_count(moments, "moments", "moments_epsilon", low=1) > _MOST_MOMENTS:
+        raise UserError(f"The 'moments' of moments_epsilon must be at most {_MOST_MOMENTS}. Got {moments}.")
+    orders = 1.0 + np.arange(1, moments + 1)
     rdp = lnmax_rdp(votes, noise_scale, orders).sum(axis=0)
     return float(np.min(rdp - np.log(failure) / (orders - 1)))
 

@@ -37,7 +37,7 @@ from scipy.ndimage import maximum_filter1d, minimum_filter1d
 from scipy.special import log_ndtr, ndtri, ndtri_exp
 
 from accounting.errors import UserError
-from accounting.events import check_number
+from accounting.events import check_instance, check_number, shown
 from accounting.pairs import FloatArray
 from accounting.pate import (
     check_answered,
@@ -201,6 +201,7 @@ def private_cost(
     Raises:
         UserError: for votes that are not whole, rows of different sums, or more than 200,000 teachers.
     """
+    check_instance(mechanism, NoisyMax, "mechanism", "private_cost")
     counts = check_votes(votes)
     teachers = _teachers(counts)
     order = _check_order(order)
@@ -299,6 +300,8 @@ def gnss_noise_multiplier(cost: float, *, order: float, beta: float, shift: floa
     """
     order = _check_order(order)
     target = check_number(cost, "cost", "gnss_noise_multiplier", low=0, high=1e6)
+    beta = check_number(beta, "beta", "gnss_noise_multiplier", low=0, high=100)
+    shift = check_number(shift, "shift", "gnss_noise_multiplier", low=0, high=100, closed="left")
     lost = (order - 1) * math.expm1(2 * beta)
     left = -1.0 if lost >= 1 else target + beta + math.log1p(-lost) / (2 * (order - 1))
     inverse = math.sqrt(2 * max(left, 0) * (1 - lost) / order) - shift * math.expm1(beta) if left > 0 else 0.0
@@ -438,6 +441,8 @@ def sanitised_epsilon(
 
 
 def _standard_normal(rng: NormalSource | Callable[[], float]) -> float:
+    if not callable(rng) and not hasattr(rng, "normal"):
+        raise UserError(f"The 'rng' of sanitised_epsilon must draw normal numbers. Got {shown(rng)}.")
     draw = float(rng() if callable(rng) else rng.normal(0.0, 1.0))
     if not math.isfinite(draw):
         raise UserError("The 'rng' of sanitised_epsilon must return a finite standard normal number.")

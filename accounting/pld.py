@@ -129,6 +129,8 @@ def _log_gaussian_delta(sigma: float, epsilon: float) -> float:
     """Log δ(ε) of the Gaussian mechanism: Balle & Wang 2018, Theorem 8."""
     mu = 1 / sigma
     z = epsilon / mu
+    if z > 1e150:  # z² is no float, and δ is 0
+        return -1e300
     gain = log_ndtr(mu / 2 - z)
     if mu < 1:
         # loss − gain = ε − ∫ (log Φ)′ over [−z − μ/2, −z + μ/2], without the cancellation.
@@ -255,7 +257,7 @@ class Question:
             return h
         if atom.sampling == "poisson" and h / 4 < spacing / 16 < h:  # wide cells cost the lower bound much
             h = spacing / 16
-        fitting = spacing / math.ceil(spacing / h)
+        fitting = spacing / max(1, math.ceil(spacing / h))  # 0 where q is next to nothing
         return fitting if fitting >= self.finest else h
 
     def _spread(self) -> float:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from accounting.atoms import Atom
 from accounting.errors import UnsupportedEvent, UserError
-from accounting.events import check_number, shown
+from accounting.events import check_array, check_number, shown
 from accounting.lattice import Direction, Lattice
 from accounting.pairs import UNIT, FloatArray
 from accounting.pld import WIDEST, Question, _only_gaussian, delta_bounds, pure_epsilon
@@ -238,10 +238,7 @@ class PrivacyProfile:
 
 
 def _checked(epsilons: npt.ArrayLike) -> FloatArray:
-    try:
-        wanted = np.asarray(epsilons, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise UserError(f"The 'epsilons' must be numbers. Got {shown(epsilons)}.") from None
+    wanted = check_array(epsilons, "epsilons", "PrivacyProfile")
     if wanted.ndim != 1 or not np.isfinite(wanted).all():
         raise UserError(f"The 'epsilons' must be a list of finite numbers. Got {shown(epsilons)}.")
     return wanted

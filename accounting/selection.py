@@ -43,6 +43,7 @@ from scipy import optimize
 from scipy.special import gammaln
 
 from accounting.errors import UserError
+from accounting.events import check_array, shown
 from accounting.pairs import FloatArray
 from accounting.rdp import ORDERS
 
@@ -202,6 +203,7 @@ def from_mean_runs(mean: float, shape: float) -> RunsDistribution:
         UserError: if an argument is outside of its interval, or if the shape does not reach the mean with any
             γ that is at least 1e-15, as happens near −1.
     """
+    shape = _number(shape, "shape", "from_mean_runs", "above -1 and at most 1000, or infinite")
     if shape == math.inf:
         return PoissonRuns(mean)
     shape = NegativeBinomialRuns(shape, 0.5).shape
@@ -253,9 +255,9 @@ def selection_divergence(
         UserError: if an order is not above 1, a callable returns something else than it should, or a Poisson
             distribution comes without `base_delta`.
     """
-    wanted = np.asarray(orders, dtype=np.float64)
+    wanted = check_array(orders, "orders", "selection_divergence")
     if wanted.ndim != 1 or not np.all(wanted > 1) or not np.all(np.isfinite(wanted)):
-        raise UserError(f"The orders must be a list of finite numbers above 1. Got {_shown(orders)}.")
+        raise UserError(f"The orders must be a list of finite numbers above 1. Got {shown(orders)}.")
     if isinstance(distribution, NegativeBinomialRuns):
         grid = np.union1d(SEARCH_ORDERS, wanted)
         bounds = _negative_binomial(grid, _checked(base_divergence(grid), len(grid)), distribution)
@@ -267,7 +269,7 @@ def selection_divergence(
         bounds = _poisson(grid, rho, distribution, base_delta)
     else:
         raise UserError(
-            f"The distribution must be NegativeBinomialRuns or PoissonRuns. Got {_shown(distribution)}."
+            f"The distribution must be NegativeBinomialRuns or PoissonRuns. Got {shown(distribution)}."
         )
     # A divergence does not fall with its order, so a bound at a larger order serves the smaller ones.
     bounds = np.minimum.accumulate(bounds[::-1])[::-1]
@@ -324,7 +326,7 @@ def _gamma(log_odds: float) -> float:
 
 
 def _checked(values: FloatArray, count: int) -> FloatArray:
-    rho = np.asarray(values, dtype=np.float64)
+    rho = check_array(values, "result", "base_divergence")
     if rho.shape != (count,):
         raise UserError(f"base_divergence must return one number for each order. Got shape {rho.shape}.")
     if np.any(rho < 0):
@@ -339,13 +341,8 @@ def _checked_delta(value: float) -> float:
     return delta
 
 
-def _shown(value: object) -> str:
-    """`value` for a message: one line, at most 80 characters."""
-    return " ".join(repr(value).split())[:80]
-
-
 def _refusal(name: str, owner: str, interval: str, value: object) -> UserError:
-    return UserError(f"The '{name}' parameter of {owner} must be {interval}. Got {_shown(value)}.")
+    return UserError(f"The '{name}' parameter of {owner} must be {interval}. Got {shown(value)}.")
 
 
 def _number(value: object, name: str, owner: str, interval: str) -> float:
@@ -360,6 +357,8 @@ def _number(value: object, name: str, owner: str, interval: str) -> float:
 
 def _whole(value: object) -> int:
     whole = None if isinstance(value, bool) else value
-    if isinstance(whole, Integral):
-        return int(whole)
-    raise _refusal("runs", "probability_of", "a whole number", value)
+    if not isinstance(whole, Integral):
+        raise _refusal("runs", "probability_of", "a whole number", value)
+    if abs(int(whole)) > 10**15:
+        raise _refusal("runs", "probability_of", "at most 10^15", value)
+    return int(whole)

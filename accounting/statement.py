@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from accounting.budget import Receipt
 from accounting.errors import UserError
-from accounting.events import Event, NeighboringRelation
+from accounting.events import Event, NeighboringRelation, check_number
 from accounting.gdp import equivalent_mu
 from accounting.tradeoff import tradeoff_curve
 
@@ -29,6 +29,7 @@ class Risk:
     @classmethod
     def of(cls, plan: Event, delta: float, relation: NeighboringRelation) -> Risk:
         """The risk of a plan whose parameters were fixed in advance."""
+        delta = check_number(delta, "delta", "Risk", low=0, high=1)
         lower, _ = tradeoff_curve(plan, [0.01, 0.001], neighboring_relation=relation)
         try:
             mu = equivalent_mu(plan, delta, neighboring_relation=relation)

@@ -30,7 +30,15 @@ from scipy.special import ndtr, ndtri
 from accounting.atoms import Atom
 from accounting.calibration import LEAST_NOISE, MOST_NOISE, UnreachableBudget
 from accounting.errors import UserError
-from accounting.events import Event, NeighboringRelation, atoms, check_number, check_relation, shown
+from accounting.events import (
+    Event,
+    NeighboringRelation,
+    atoms,
+    check_array,
+    check_number,
+    check_relation,
+    shown,
+)
 from accounting.pairs import UNIT, FloatArray
 from accounting.profile import PrivacyProfile
 from accounting.search import approach
@@ -155,6 +163,8 @@ def calibrate_noise_for_risk(
     """
     tolerance = _checked_tolerance(tolerance, "calibrate_noise_for_risk")
     relation = check_relation(neighboring_relation)
+    if not callable(make_event):
+        raise UserError(f"'make_event' must be a function that makes an event. Got {shown(make_event)}.")
     alpha, target = _checked_target(fpr, tpr, max_advantage)
 
     def excess(noise: float, precision: float = _ROUGH) -> float:
@@ -227,10 +237,7 @@ def _checked_target(
 
 
 def _checked_rates(rates: npt.ArrayLike) -> FloatArray:
-    try:
-        alphas = np.asarray(rates, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise UserError(f"The 'false_positive_rates' must be numbers. Got {shown(rates)}.") from None
+    alphas = check_array(rates, "false_positive_rates", "tradeoff_curve")
     if alphas.ndim != 1 or not ((alphas >= 0) & (alphas <= 1)).all():
         raise UserError(
             f"The 'false_positive_rates' must be a list of numbers in [0, 1]. Got {shown(rates)}."
@@ -245,7 +252,7 @@ def _checked_tolerance(tolerance: float, owner: str) -> float:
 def _counts(event: Event, relation: NeighboringRelation) -> dict[Atom, int]:
     if not isinstance(event, Event):
         raise UserError(f"A trade-off is that of an event such as Gaussian(1.1). Got {shown(event)}.")
-    return atoms(event, check_relation(relation))
+    return atoms(event, relation)
 
 
 class _Tradeoff:

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from accounting.events import check_instance, check_number
+
 
 class WeightAverage:
     """The average of a model's weights, and of its buffers, over the steps of a run.
@@ -24,8 +26,9 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model)
-        self._decay, self._steps = decay, 0
+        self.model = copy.deepcopy(check_instance(model, nn.Module, "model", "WeightAverage"))
+        self._decay = check_number(decay, "decay", "WeightAverage", low=0, high=1, closed="left")
+        self._steps = 0
 
     def update(self, model: nn.Module) -> None:
         """Take in the weights after another step."""

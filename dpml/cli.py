@@ -37,11 +37,14 @@ if TYPE_CHECKING:
     from dpml.report import TrainingResult
 
 OK, FAILED, WRONG_CALL, NO_BUDGET, INTERRUPTED = 0, 1, 2, 3, 130
+_MOST_WORDS = 1000  # characters of a message, which may repeat what was typed
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": False}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status. A user's mistake gets one line, never a traceback."""
+    if any("\0" in word for word in arguments or ()):
+        return _complain("An argument holds a null byte, which no path or name can.", WRONG_CALL)
     try:
         status = dpml.main(arguments, prog_name="dpml", standalone_mode=False)
         return status if isinstance(status, int) else OK
@@ -72,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, status: int) -> int:
-    click.echo(f"dpml: error: {' '.join(message.split())}", err=True)
+    words = " ".join(message.split())
+    click.echo(f"dpml: error: {words if len(words) <= _MOST_WORDS else words[:_MOST_WORDS] + '…'}", err=True)
     return status
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from accounting import Method, NeighboringRelation, PrivacyBudget, UserError
 from accounting.accountant import METHODS
-from accounting.events import check_count, check_number, check_relation
+from accounting.events import check_count, check_number, check_relation, shown
 from accounting.ledger import check_name
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -112,7 +112,7 @@ class DataSource:
         if isinstance(dataset, os.PathLike):
             object.__setattr__(self, "dataset", os.fspath(dataset))
         if not isinstance(self.dataset, str) or not self.dataset:
-            raise UserError(f"The dataset must be a name or a path. Got {self.dataset!r}.")
+            raise UserError(f"The dataset must be a name or a path. Got {shown(self.dataset)}.")
         count_field(self, "classes", low=2)
         count_field(self, "image_size", low=1)
 
@@ -197,11 +197,11 @@ class DPSGDConfig(PrivateConfig):
         number_field(self, "momentum", high=1, closed="left")
         number_field(self, "average", high=1, closed="left")
         count_field(self, "views", low=1)
-        if self.augment not in _AUGMENTATIONS:
+        if not isinstance(self.augment, str) or self.augment not in _AUGMENTATIONS:
             names = ", ".join(_AUGMENTATIONS)
             raise UserError(
                 f"The augment must be one of {names}; a function of your own goes to train_dpsgd as its "
-                f"argument. Got {self.augment!r}."
+                f"argument. Got {shown(self.augment)}."
             )
         count_field(self, "micro_batch_size", low=1)
         count_field(self, "workers")
@@ -231,6 +231,8 @@ class DPSGDRun(DPSGDConfig, DataSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_source()
+        if not isinstance(self.model, str):
+            raise UserError(f"The model must be a name. Got {shown(self.model)}.")
         choice_field(self, "features", FEATURE_MAPS)
         switch_field(self, "no_cache")
         if self.features != "none" and self.augment != "none":
@@ -263,15 +265,15 @@ def switch_field(config: object, name: str) -> None:
     """Check that a field is True or False."""
     value = getattr(config, name)
     if not isinstance(value, bool):
-        raise UserError(f"The '{name}' parameter of a run must be True or False. Got {value!r}.")
+        raise UserError(f"The '{name}' parameter of a run must be True or False. Got {shown(value)}.")
 
 
 def choice_field(config: object, name: str, choices: tuple[str, ...]) -> None:
     """Check that a field is one of `choices`."""
     value = getattr(config, name)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         names = ", ".join(choices)
-        raise UserError(f"The {name.replace('_', ' ')} must be one of {names}. Got {value!r}.")
+        raise UserError(f"The {name.replace('_', ' ')} must be one of {names}. Got {shown(value)}.")
 
 
 def _is_optional(config: Any, name: str) -> bool:

@@ -20,6 +20,7 @@ from accounting import (
     UserError,
     calibrate_noise_multiplier,
 )
+from accounting.events import check_instance
 from dpml import models
 from dpml.adaptive import AdaptiveClipping
 from dpml.augmentation import AUGMENTATIONS, Augment, require_independent_rows
@@ -27,7 +28,7 @@ from dpml.averaging import WeightAverage
 from dpml.centring import Centred, NoisyMean
 from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.data import LabeledData, load
-from dpml.data.batches import Examples
+from dpml.data.batches import Examples, check_records
 from dpml.data.samplers import PoissonSampler
 from dpml.device import choose_device
 from dpml.features import features_of
@@ -65,6 +66,7 @@ def run_dpsgd(
         UserError: for a mistake in the configuration, the data or the output folder.
         BudgetExceeded, UnreachableBudget: if the budget cannot be met.
     """
+    check_instance(run, DPSGDRun, "run", "run_dpsgd")
     if data is None:
         data = load(run.dataset, classes=run.classes, image_size=run.size)
     run = replace(run, model=model_name(run, data))
@@ -133,6 +135,10 @@ def train_dpsgd(
         UserError: for a mistake in model, data, configuration or output folder; nothing is spent then.
         BudgetExceeded, UnreachableBudget: if the budget cannot be met; nothing is spent then.
     """
+    check_instance(config, DPSGDConfig, "config", "train_dpsgd")
+    check_instance(model, nn.Module, "model", "train_dpsgd")
+    if test_set is not None:
+        check_records(test_set, "test set")
     device = choose_device(config.device)
     chosen = AUGMENTATIONS[config.augment] if augment is None else augment
     examples = Examples(train_set, config.micro_batch_size, config.workers, device, config.views, chosen)

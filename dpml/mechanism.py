@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from accounting import Composed, Event, Repeated, Reservation, UserError
+from accounting.events import check_instance, check_number, shown
 from dpml.adaptive import AdaptiveClipping
 from dpml.data.samplers import PoissonSampler
 from dpml.gradients.engine import ClippedSum, Clipping, Engine, Loss, MicroBatch
@@ -39,6 +40,15 @@ class SampledGaussianMechanism:
     clipping: Clipping | AdaptiveClipping
     noise: GaussianNoise
     engine: Engine
+
+    def __post_init__(self) -> None:
+        owner = "SampledGaussianMechanism"
+        check_instance(self.sampler, PoissonSampler, "sampler", owner)
+        if not isinstance(self.clipping, AdaptiveClipping):
+            check_instance(self.clipping, Clipping, "clipping", owner)
+        check_instance(self.noise, GaussianNoise, "noise", owner)
+        if not hasattr(self.engine, "slack"):
+            raise UserError(f"The 'engine' parameter of {owner} must be an engine. Got {shown(self.engine)}.")
 
     @property
     def event(self) -> Event:
@@ -71,6 +81,8 @@ class SampledGaussianMechanism:
             ReservationError: if the reservation does not allow another step; no noise is drawn then.
             UserError: if the reservation is for something else, or the clip norm has adapted since.
         """
+        check_instance(clipped, ClippedSum, "clipped", "release")
+        check_instance(reservation, Reservation, "reservation", "release")
         if self.event not in reservation.kinds:
             raise UserError(
                 f"The reservation is for {reservation.step}, but this mechanism runs {self.event}; "
@@ -86,5 +98,6 @@ class SampledGaussianMechanism:
 
 def set_gradients(parameters: Iterable[nn.Parameter], sums: Iterable[Tensor], divisor: float) -> None:
     """Set each parameter's gradient to its sum over `divisor`, in the parameter's own type."""
+    divisor = check_number(divisor, "divisor", "set_gradients", low=0, high=1e15, closed="right")
     for parameter, total in zip(parameters, sums, strict=True):
         parameter.grad = (total / divisor).to(dtype=parameter.dtype, device=parameter.device)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from accounting.events import check_number
+from accounting.errors import UserError
+from accounting.events import check_instance, check_number
 from dpml.exact import noised
 from dpml.randomness import Randomness
 
@@ -26,7 +27,7 @@ class GaussianNoise:
         self.noise_multiplier = check_number(
             noise_multiplier, "noise_multiplier", "GaussianNoise", low=0, high=1e15
         )
-        self.randomness = randomness
+        self.randomness = check_instance(randomness, Randomness, "randomness", "GaussianNoise")
 
     def add(self, sums: Sequence[Tensor], clip_norm: float) -> list[Tensor]:
         """Sums with noise, on the grid of `grid_of(noise_multiplier·C)`: float64, each on its own device.
@@ -35,12 +36,17 @@ class GaussianNoise:
 
         Args:
             sums: Finite, of any shapes.
-            clip_norm: C.
+            clip_norm: C, above 0.
+
+        Raises:
+            UserError: for another C, with which there would be no noise, or no number; or for other sums.
         """
-        scale = self.noise_multiplier * clip_norm
+        scale = self.noise_multiplier * check_number(clip_norm, "clip_norm", "add", low=0, high=1e15)
         flat = torch.cat(
             [part.detach().to("cpu", torch.float64).flatten() for part in sums] or [torch.empty(0)]
         )
+        if not torch.isfinite(flat).all():
+            raise UserError("The sums must be finite: noise would not hide what is not.")
         noisy = torch.from_numpy(noised(flat.numpy(), scale, self.randomness))
         parts = torch.split(noisy, [part.numel() for part in sums])
         return [part.view(like.shape).to(like.device) for part, like in zip(parts, sums, strict=True)]

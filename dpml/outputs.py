@@ -16,6 +16,7 @@ import safetensors.torch
 from torch import nn
 
 from accounting import Event, NeighboringRelation, UserError
+from dpml.paths import check_path, read_text
 
 SUMMARY_VERSION = 1
 EVENTS_VERSION = 1
@@ -32,7 +33,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = check_path(path, "output folder")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
@@ -116,12 +117,13 @@ def read_events(path: str | os.PathLike[str]) -> tuple[list[Event], list[Event],
     """
     name = str(path)
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(read_text(check_path(path, "events file")))
     except OSError as error:
         raise UserError(f"The events file {name!r} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"The events file {name!r} is not valid JSON; is it the right file?") from error
-    if not isinstance(data, dict) or data.get("schema_version") != EVENTS_VERSION:
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != EVENTS_VERSION or isinstance(version, bool):
         raise UserError(f"{name!r} is not an events file of version {EVENTS_VERSION}.")
     lists = []
     for key in ("planned", "committed"):

@@ -18,7 +18,7 @@ from accounting import (
     Repeated,
     UserError,
 )
-from accounting.events import check_count, check_number
+from accounting.events import check_count, check_instance, check_number
 from accounting.ledger import Ledger, LedgerAccountant
 from dpml.config import PrivateConfig
 
@@ -65,6 +65,7 @@ def accountant_for(
         raise UserError(
             f"The accountant is not that of {config.ledger!r} in a ledger; leave out one of the two."
         )
+    check_instance(shared, PrivacyAccountant, "accountant", "a run")
     if shared.neighboring_relation != relation:
         raise UserError(
             f"The accountant is for the relation {shared.neighboring_relation}, the run for {relation}; make "

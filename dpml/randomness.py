@@ -11,12 +11,16 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import mpmath
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+
+from accounting.errors import UserError
+from accounting.events import check_count, check_instance, shown
 
 _CHUNK = 2**20
 _DOUBT = 2.0**-16  # see NormalDraw
@@ -116,7 +120,15 @@ class Randomness:
     """
 
     def __init__(self, key: bytes, *, is_secret: bool, position: int = 0) -> None:
-        """Begin the stream of `key` at its word number `position`."""
+        """Begin the stream of `key`, 32 bytes, at its word number `position`.
+
+        Raises:
+            UserError: for another key or position, or if `is_secret` is neither true nor false.
+        """
+        if not isinstance(key, bytes) or len(key) != 32 or not isinstance(is_secret, bool):
+            raise UserError("A stream needs a key of 32 bytes, and whether it is secret: True or False.")
+        if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+            raise UserError(f"The position in a stream must be a whole number. Got {shown(position)}.")
         self.is_secret = is_secret
         self._key, self._position = key, position
         block, odd = divmod(position, 2)
@@ -132,7 +144,11 @@ class Randomness:
     @classmethod
     def from_seed(cls, seed: int, purpose: str) -> Randomness:
         """A reproducible stream; different purposes ("sampling", "noise") give independent streams."""
-        key = hashlib.sha256(f"dpml {purpose} {int(seed)}".encode()).digest()
+        whole: object = seed
+        if isinstance(whole, bool) or not isinstance(whole, Integral) or abs(int(whole)) >= 2**64:
+            raise UserError(f"The seed must be a whole number below 2^64. Got {shown(seed)}.")
+        check_instance(purpose, str, "purpose", "from_seed")
+        key = hashlib.sha256(f"dpml {purpose} {int(seed)}".encode(errors="surrogatepass")).digest()
         return cls(key, is_secret=False)
 
     def state(self) -> dict[str, Any]:
@@ -145,12 +161,20 @@ class Randomness:
 
         For the same computation once more, whose first outcome nobody has seen: noise that is used on
         anything else protects neither.
+
+        Raises:
+            UserError: if it is no such state.
         """
-        return cls(bytes.fromhex(state["key"]), is_secret=state["is_secret"], position=state["position"])
+        try:
+            key, secret, position = bytes.fromhex(state["key"]), state["is_secret"], state["position"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"This is no state of a stream: {type(error).__name__}.") from error
+        return cls(key, is_secret=secret, position=position)
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """`count` independent uniform 64-bit integers, shape [count]."""
         parts = []
+        count = check_count(count, "count", "words")
         self._position += count
         left = 8 * count
         while left > 0:

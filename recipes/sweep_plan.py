@@ -14,6 +14,7 @@ from typing import Any
 from accounting import UserError
 from accounting.events import check_count
 from dpml.outputs import RunFolder
+from dpml.paths import read_text
 from dpml.registry import Recipe, Run, configured, method_of, recipe_entry, recipe_run
 
 PLAN_FILE = "sweep.json"
@@ -85,7 +86,7 @@ class Plan:
             UserError: if it holds something else.
         """
         try:
-            known = json.loads((output / PLAN_FILE).read_text(encoding="utf-8"))
+            known = json.loads(read_text(output / PLAN_FILE))
         except FileNotFoundError:
             if any(not path.name.startswith(".") for path in output.iterdir()):
                 raise UserError(
@@ -93,7 +94,7 @@ class Plan:
                 ) from None
             RunFolder.reopen(output).write_json(PLAN_FILE, self._record())
             return
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{str(output / PLAN_FILE)!r} is damaged; choose a new folder.") from error
         if known != json.loads(json.dumps(self._record())):
             raise UserError(

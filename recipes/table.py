@@ -67,11 +67,13 @@ def table_of(rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
 
 def summary_row(summary: Mapping[str, Any], *, recipe: str | None, run: str) -> dict[str, Any]:
     """The row of a run that has a summary."""
-    steps, batch, seconds = (summary.get(key) for key in ("steps", "expected_batch_size", "train_seconds"))
-    row = {name: summary.get(name) for name in _COLUMNS}
+    steps, batch, seconds = (
+        _as(float, summary.get(key)) for key in ("steps", "expected_batch_size", "train_seconds")
+    )
+    row, config = {name: summary.get(name) for name in _COLUMNS}, summary.get("config")
     return {
         **row,
-        **config_columns(summary.get("config") or {}),
+        **config_columns(config if isinstance(config, dict) else {}),
         "recipe": recipe,
         "run": run,
         "error": "the weights were not finite any more" if summary.get("status") == "diverged" else None,

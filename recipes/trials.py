@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpml.pate.config import PATERun
+from dpml.paths import read_text
 from dpml.registry import Run
 from dpml.tracking import ProgressLine
 
@@ -42,10 +43,10 @@ def run_or_reuse(run: Run, folder: Path, *, label: str | None) -> dict[str, Any]
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """The content of a folder's `summary.json`, or None."""
     try:
-        data: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data: object = json.loads(read_text(folder / "summary.json"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return data
+    return data if isinstance(data, dict) else None
 
 
 def by_noise(summaries: Iterable[Mapping[str, Any]]) -> dict[float | None, list[Mapping[str, Any]]]:

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 from accounting.errors import UserError
+from accounting.events import check_count, shown
 from dpml.data.arrays import from_arrays, load_npz
 from dpml.data.folder import load_image_folder
 from dpml.data.labeled import LabeledData
@@ -50,10 +51,14 @@ def load(
         UserError: The data set is unknown, missing, corrupt or not of the documented form, or it
             cannot be downloaded. The message names the culprit.
     """
+    if not isinstance(dataset, str | PathLike):
+        raise UserError(f"The data set must be a name or a path. Got {shown(dataset)}.")
+    if classes is not None:
+        classes = check_count(classes, "classes", "load")
     name = str(dataset)
     path = _path(name)
     if image_size is not None and (name in NAMES or not path.is_dir()):
-        raise UserError(f"image_size is for image folders, which {name!r} is not: leave it out.")
+        raise UserError(f"image_size is for image folders, which {shown(name)} is not: leave it out.")
     if name in NAMES:
         data = load_digits() if name == "digits" else load_benchmark(name)
         if classes not in (None, data.classes):
@@ -71,15 +76,15 @@ def _path(name: str) -> Path:
         path = Path(name).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # an unknown user, a name too long, a null byte
-        raise UserError(f"The data set {name!r:.80} is no path that can be read ({error!s:.80}).") from error
+        raise UserError(f"The data set {shown(name)} is no path that can be read ({error!s:.80}).") from error
     return path
 
 
 def _not_found(name: str) -> str:
     known = ", ".join(NAMES)
     if close := difflib.get_close_matches(name.lower(), NAMES, n=1):
-        return f"There is no data set {name!r}; did you mean {close[0]!r}? Known names: {known}."
+        return f"There is no data set {shown(name)}; did you mean {close[0]!r}? Known names: {known}."
     return (
-        f"There is no data set or path {name!r}: give one of {known}, or the path of "
+        f"There is no data set or path {shown(name)}: give one of {known}, or the path of "
         "an .npz file or of an image folder."
     )

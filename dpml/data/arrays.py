@@ -1,8 +1,11 @@
 """The user's own data as NumPy arrays, in memory or in an `.npz` file."""
 
+import lzma
+import struct
 import zipfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,19 @@ from torch import Tensor
 from accounting.errors import UserError
 from dpml.data.formats import scale_bytes
 from dpml.data.labeled import LabeledData
+from dpml.paths import check_path
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _ALL = ", ".join(ARRAYS)
 
 # More classes than ImageNet's are rather a mistake: record numbers or prices passed as labels.
 _MOST_INFERRED_CLASSES = 1000
+
+# What reading a file of any content may raise; MemoryError, where a header claims what no memory holds.
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, TypeError, RuntimeError, LookupError, SyntaxError, MemoryError),
+    *(OverflowError, TokenError, zipfile.BadZipFile, zlib.error, struct.error, lzma.LZMAError),
+)
 
 
 def load_npz(path: Path, *, name: str, classes: int | None = None) -> LabeledData:
@@ -40,7 +50,7 @@ def load_inputs(path: str | Path, array: str) -> Tensor:
         UserError: The file is no `.npz` file, or damaged; the array is missing, empty, of a wrong form, or
             not finite.
     """
-    examples = _examples(str(path), array, _arrays(Path(path), str(path), (array,))[array])
+    examples = _examples(str(path), array, _arrays(check_path(path, "file"), str(path), (array,))[array])
     if examples.ndim < 2 or examples.numel() == 0:
         raise UserError(
             f"{array} of {str(path)!r} must have shape [n, features] or [n, channels, height, width], got "
@@ -60,7 +70,7 @@ def load_labelled(path: str | Path, *, classes: int) -> LabeledData:
     Raises:
         UserError: The file is no `.npz` file, or damaged; an array is missing or of a wrong form.
     """
-    found = _arrays(Path(path), str(path), ("x", "y"))
+    found = _arrays(check_path(path, "file"), str(path), ("x", "y"))
     x, y = found["x"], found["y"]
     return from_arrays(str(path), x_train=x, y_train=y, x_test=x, y_test=y, classes=classes)
 
@@ -68,6 +78,8 @@ def load_labelled(path: str | Path, *, classes: int) -> LabeledData:
 def _arrays(path: Path, name: str, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """The arrays of an `.npz` file by name."""
     words = ", ".join(wanted)
+    if path.exists() and not path.is_file():  # a device or a pipe may have no end
+        raise UserError(f"{name!r} is no plain file: save {words} by np.savez.")
     try:
         with path.open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
@@ -78,14 +90,14 @@ def _arrays(path: Path, name: str, wanted: tuple[str, ...]) -> dict[str, NDArray
             return {array: _member(file, array, name) for array in wanted}
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise UserError(f"{name!r} is not a readable .npz file: save it by np.savez.") from error
 
 
 def _member(file: np.lib.npyio.NpzFile, array: str, name: str) -> NDArray[Any]:
     try:
         values = file[array]
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         why = "holds Python objects" if "Object arrays" in str(error) else "is damaged"
         raise UserError(f"{array} of {name!r} {why}: save it as an array of numbers.") from error
     # NpzFile hands out the raw bytes of a member that is no .npy file.
@@ -150,7 +162,7 @@ def from_arrays(
 
 def _labels(name: str, array: str, values: ArrayLike) -> NDArray[np.int64]:
     """Labels as int64 `[n]`; a shape that is wrong is left for LabeledData to refuse."""
-    y = np.asarray(values)
+    y = _array(values)
     if y.dtype.kind not in "biu":
         raise UserError(
             f"{array} of {name!r} must hold integer labels, got {y.dtype}: number the classes "
@@ -164,9 +176,17 @@ def _labels(name: str, array: str, values: ArrayLike) -> NDArray[np.int64]:
     return y.astype(np.int64, order="C")
 
 
+def _array(values: ArrayLike) -> NDArray[Any]:
+    """An array, of objects where it is of nothing else."""
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError):  # rows of different lengths
+        return np.empty(0, dtype=object)
+
+
 def _examples(name: str, array: str, values: ArrayLike) -> Tensor:
     """Examples as contiguous float32, images channel-first, as the table of `from_arrays` says."""
-    x = np.asarray(values)
+    x = _array(values)
     if x.dtype.kind not in "biuf":
         raise UserError(f"{array} of {name!r} must hold real numbers, got {x.dtype}: convert it to float32.")
     if x.ndim == 3:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from accounting.errors import UserError
+from accounting.events import check_count
 from dpml.augmentation import Augment
 from dpml.gradients.engine import MicroBatch
 
@@ -39,13 +40,10 @@ class Examples:
         views: int = 1,
         augment: Augment | None = None,
     ) -> None:
-        if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
-            raise UserError(
-                "The training set must have a length and give its records by number (a map-style data "
-                f"set); a stream cannot be Poisson-sampled. Got {type(data).__name__}."
-            )
-        if len(data) == 0:
-            raise UserError("The training set is empty; give at least one record.")
+        check_records(data, "training set")
+        check_count(micro_batch_size, "micro_batch_size", "Examples", low=1)
+        check_count(workers, "workers", "Examples")
+        check_count(views, "views", "Examples", low=1)
         # Padding beyond the whole data set would be work for nothing.
         self._data, self._device = data, device
         self._size = min(max(1, micro_batch_size // views), len(data))
@@ -60,9 +58,6 @@ class Examples:
             self._loader = DataLoader(
                 records, batch_sampler=self._queue, num_workers=workers, persistent_workers=True
             )
-        pair = self._tensors if self._tensors is not None else data[0]
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise UserError("Each record of the training set must be a pair (input, target).")
 
     def __len__(self) -> int:
         return len(self._data)
@@ -111,6 +106,23 @@ class Examples:
             for chunk in chunks:
                 inputs, targets = default_collate([self._data[i] for i in chunk.tolist()])
                 yield inputs, targets, len(chunk)
+
+
+def check_records(data: Any, name: str) -> None:
+    """Raise UserError unless `data` is a map-style data set with at least one pair (input, target)."""
+    if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+        raise UserError(
+            f"The {name} must have a length and give its records by number (a map-style data set); a stream "
+            f"cannot be Poisson-sampled. Got {type(data).__name__}."
+        )
+    if len(data) == 0:
+        raise UserError(f"The {name} is empty; give at least one record.")
+    try:
+        pair = data.tensors if isinstance(data, TensorDataset) else data[0]
+    except (KeyError, IndexError) as error:
+        raise UserError(f"The {name} has no record number 0. Got {type(data).__name__}.") from error
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise UserError(f"Each record of the {name} must be a pair (input, target).")
 
 
 class _Queue:

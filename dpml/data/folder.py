@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from accounting.errors import UserError
+from accounting.events import shown
 from dpml.data.formats import Bytes, scale_bytes
 from dpml.data.labeled import LabeledData
 
@@ -45,7 +46,7 @@ def load_image_folder(
             sizes differ. The message names the folder or file.
     """
     if image_size is not None and not _is_size(image_size):
-        raise UserError(f"image_size must be two positive integers, got {image_size!r}.")
+        raise UserError(f"image_size must be two positive integers, got {shown(image_size)}.")
     names = _class_names(folder / "train")
     if classes not in (None, len(names)):
         raise UserError(
@@ -70,7 +71,11 @@ def load_image_folder(
 
 
 def _is_size(size: tuple[int, int]) -> bool:
-    return len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    return (
+        isinstance(size, tuple | list)
+        and len(size) == 2
+        and all(type(side) is int and side > 0 for side in size)
+    )
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from accounting.errors import UserError
+from accounting.events import shown
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -137,7 +138,7 @@ class LabeledData:
         if type(self.classes) is not int or self.classes < 2:
             raise UserError(
                 f"The number of classes of {self.name!r} must be an integer of at least 2, "
-                f"got {self.classes!r}: set classes."
+                f"got {shown(self.classes)}: set classes."
             )
         for array, y in splits:
             if (largest := int(y.max())) >= self.classes:

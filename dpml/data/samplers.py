@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accounting.events import Event, PoissonSampled, check_count, check_number
+from accounting.events import Event, PoissonSampled, check_count, check_instance, check_number
 from dpml.randomness import Randomness
 
 
@@ -33,7 +33,7 @@ class PoissonSampler:
         self.sampling_probability = check_number(
             sampling_probability, "sampling_probability", "PoissonSampler", low=0, high=1, closed="right"
         )
-        self.randomness = randomness
+        self.randomness = check_instance(randomness, Randomness, "randomness", "PoissonSampler")
         self._threshold = math.floor(self.sampling_probability * 2**64)
 
     def sample(self) -> Tensor:

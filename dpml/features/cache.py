@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import numpy.typing as npt
@@ -117,7 +118,7 @@ def _read(path: Path) -> Tensor | None:
         with path.open("rb") as file:
             file.seek(-_DIGEST, os.SEEK_END)
             end = file.read()
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # NumPy reads a header as Python
         return None
     whole = isinstance(array, np.memmap) and array.dtype == np.float16
     if not whole or hashlib.blake2b(array.data, digest_size=_DIGEST).digest() != end:

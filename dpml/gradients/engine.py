@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from accounting.errors import UserError
-from accounting.events import check_number
+from accounting.events import check_number, shown
 
 Loss = Callable[[Any, Tensor], Tensor]
 """From a model's outputs and the targets of m examples to their losses, shape [m], not reduced."""
@@ -43,9 +43,9 @@ class Clipping:
     def __post_init__(self) -> None:
         norm = check_number(self.norm, "clip_norm", "Clipping", low=0, high=1e15)
         object.__setattr__(self, "norm", norm)
-        if self.mode not in CLIPPING_MODES:
+        if not isinstance(self.mode, str) or self.mode not in CLIPPING_MODES:
             raise UserError(
-                f"The clipping must be one of {', '.join(CLIPPING_MODES)}. Got {self.mode!r:.80}."
+                f"The clipping must be one of {', '.join(CLIPPING_MODES)}. Got {shown(self.mode)}."
             )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from accounting.errors import UserError
+from accounting.events import shown
 from dpml.models.networks import cnn, linear, mlp
 from dpml.models.transformer import TransformerClassifier
 from dpml.models.wide_resnet import WideResNet, wrn_16_4
@@ -45,16 +46,16 @@ def build(name: str, example_shape: Sequence[int], classes: int) -> nn.Module:
     Raises:
         UserError: There is no such model, or it cannot take examples of that shape.
     """
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         close = difflib.get_close_matches(str(name).lower(), MODELS, n=1)
         hint = f"did you mean {close[0]!r}? There are" if close else "choose one of"
-        raise UserError(f"There is no model {name!r}; {hint} {', '.join(MODELS)}.")
-    shape = tuple(example_shape)
+        raise UserError(f"There is no model {shown(name)}; {hint} {', '.join(MODELS)}.")
+    shape = tuple(example_shape) if isinstance(example_shape, Sequence) else ()
     if not shape or not all(type(size) is int and size > 0 for size in shape):
         raise UserError(
-            f"The shape of an example must be one or more positive integers, got {shape}: "
+            f"The shape of an example must be one or more positive integers, got {shown(example_shape)}: "
             "leave out the batch axis."
         )
     if type(classes) is not int or classes < 2:
-        raise UserError(f"A model needs an integer of at least 2 classes, got {classes!r}.")
+        raise UserError(f"A model needs an integer of at least 2 classes, got {shown(classes)}.")
     return MODELS[name](shape, classes)

@@ -80,6 +80,8 @@ class AnswerBook:
                     "(key BLOB PRIMARY KEY, state TEXT NOT NULL, class INTEGER) WITHOUT ROWID"
                 )
                 self._base.execute("CREATE TABLE IF NOT EXISTS releases (name TEXT PRIMARY KEY, value TEXT)")
+                self._base.execute("SELECT key, state, class FROM queries LIMIT 1")  # are these our tables?
+                self._base.execute("SELECT name, value FROM releases LIMIT 1")
                 found = self._base.execute("SELECT text FROM title").fetchone()
                 if found is None:
                     self._base.execute("INSERT INTO title VALUES (?)", (title,))

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from accounting import NeighboringRelation, UserError
 from dpml.config import DataSource, PrivateConfig, choice_field, count_field, number_field, switch_field
+from dpml.paths import check_path
 
 AggregatorName = Literal["gnmax", "confident-gnmax", "interactive-gnmax", "lnmax"]
 TeacherKind = Literal["linear", "convolutional"]
@@ -196,5 +197,7 @@ class PATERun(PATEConfig, DataSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_source()
+        if self.public is not None:
+            object.__setattr__(self, "public", str(check_path(self.public, "public")))
         if self.public is not None and self.public_examples is not None:
             raise UserError("Give public (a file) or public_examples (of the test set), not both.")

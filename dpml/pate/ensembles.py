@@ -11,6 +11,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ def _cached(folder: Path, public: int, classes: int, teachers: int) -> Voters | 
     try:
         ensemble, _ = load_ensemble(folder)
         votes = torch.from_numpy(np.load(folder / _VOTES, allow_pickle=False))
-    except (UserError, OSError, ValueError, EOFError):
+    except (UserError, OSError, ValueError, EOFError, SyntaxError, TokenError):  # a header is read as Python
         return None
     whole = votes.shape == (public, classes) and votes.dtype == torch.int64
     if not whole or ensemble.teachers != teachers or not bool((votes.sum(dim=1) == teachers).all()):

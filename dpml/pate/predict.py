@@ -16,7 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from accounting import BudgetExceeded, Composed, Event, PrivacyAccountant, PrivacyBudget, Repeated, UserError
-from accounting.events import check_number, check_relation
+from accounting.events import check_instance, check_number, check_relation
 from accounting.ledger import Ledger
 from dpml.ledger import closed, in_summary
 from dpml.pate.aggregation import Aggregator, aggregator
@@ -59,6 +59,10 @@ class PrivatePredictor:
         confident: bool = False,
         randomness: Randomness | None = None,
     ) -> None:
+        if budget is not None:
+            check_instance(budget, PrivacyBudget, "budget", "PrivatePredictor")
+        if randomness is not None:
+            check_instance(randomness, Randomness, "randomness", "PrivatePredictor")
         self.ensemble, description = load_ensemble(folder)
         path = Path(folder) / _BOOK
         about: dict[str, Any]
@@ -66,7 +70,10 @@ class PrivatePredictor:
             title = AnswerBook.read_title(path)
             about = title["about"]
             self.aggregator = Aggregator.from_dict(title["aggregator"])
-            self.budget = PrivacyBudget(**title["about"]["budget"])
+            try:
+                self.budget = PrivacyBudget(**title["about"]["budget"])
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{str(path)!r} is damaged: it names no budget.") from error
             self._require_same(budget, noise_multiplier, confident)
         else:
             if budget is None:

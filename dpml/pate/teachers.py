@@ -30,6 +30,7 @@ from dpml.pate import native
 from dpml.pate.config import FEATURES
 from dpml.pate.features import Features, features_by_name
 from dpml.pate.partition import Partition
+from dpml.paths import check_path, read_text
 
 Progress = Callable[[int, int], None]
 """Called with the number of teachers that are trained, and of all."""
@@ -445,9 +446,9 @@ def load_ensemble(folder: str | os.PathLike[str]) -> tuple[Ensemble, dict[str, A
         UserError: if the folder is missing or holds something else, or the features were the caller's
             function.
     """
-    path = Path(folder)
+    path = check_path(folder, "ensemble")
     try:
-        description = json.loads((path / _FILE).read_text(encoding="utf-8"))
+        description = json.loads(read_text(path / _FILE))
         tensors = safetensors.torch.load_file(path / _WEIGHTS)
     except OSError as error:
         raise UserError(f"The ensemble {str(path)!r} cannot be read ({error.strerror or error}).") from error

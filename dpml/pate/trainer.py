@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accounting import PrivacyAccountant, UserError
+from accounting.events import check_instance, shown
 from dpml.data import LabeledData, load
 from dpml.data.arrays import load_inputs
+from dpml.data.batches import check_records
 from dpml.device import choose_device
 from dpml.ledger import closed, reserved, warn_of_look_alikes
 from dpml.outputs import RunFolder
@@ -29,6 +31,7 @@ from dpml.pate.publishing import publish
 from dpml.pate.report import CONFIG_FILE, PATEReport
 from dpml.pate.student import Report as Watch
 from dpml.pate.student import StudentSettings, train_student
+from dpml.paths import check_path, read_text
 from dpml.planning import accountant_for
 from dpml.randomness import Randomness
 from dpml.report import TrainingResult
@@ -54,6 +57,7 @@ def run_pate(
         UserError: for a mistake in the configuration, the data or the output folder.
         BudgetExceeded, UnreachableBudget: if the budget cannot be met.
     """
+    check_instance(run, PATERun, "run", "run_pate")
     data = load(run.dataset, classes=run.classes, image_size=run.size)
     public, test_set = _public_inputs(run, data)
     return train_pate(
@@ -76,11 +80,11 @@ def read_run(folder: str | os.PathLike[str]) -> PATERun:
     Raises:
         UserError: if the folder holds no such run, or one that is complete.
     """
-    path = Path(folder)
+    path = check_path(folder, "run")
     if not path.is_dir():
         raise UserError(f"There is no run {str(path)!r} to go on with.")
     try:
-        record = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        record = json.loads(read_text(path / CONFIG_FILE))
         run = PATERun(**record["config"])
     except OSError as error:
         raise UserError(
@@ -89,10 +93,10 @@ def read_run(folder: str | os.PathLike[str]) -> PATERun:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{str(path / CONFIG_FILE)!r} is damaged: {error!s:.100}") from error
     try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        summary = json.loads(read_text(path / "summary.json"))
+    except (OSError, ValueError, RecursionError):
         return run
-    if summary.get("status") == "completed":
+    if isinstance(summary, dict) and summary.get("status") == "completed":
         raise UserError(f"The run {str(path)!r} is complete: there is nothing to resume.")
     return run
 
@@ -142,6 +146,9 @@ def train_pate(
         UserError: for a mistake in data, configuration or output folder; nothing is spent then.
         BudgetExceeded, UnreachableBudget: if the budget cannot be met; nothing is spent then.
     """
+    check_instance(config, PATEConfig, "config", "train_pate")
+    if test_set is not None:
+        check_records(test_set, "test set")
     device = choose_device(config.device)
     records = _records(train_set, classes, public)
     keys = query_keys(records.x_test)
@@ -311,12 +318,18 @@ def _probabilities(student: nn.Module, public: Tensor) -> Tensor:
 
 def _records(train_set: Any, classes: int | None, public: Tensor) -> LabeledData:
     """Private records as `x_train`, public inputs as `x_test` with made-up labels, all checked."""
+    check_records(train_set, "training set")
     if isinstance(train_set, TensorDataset):
         inputs, labels = train_set.tensors
     else:
-        inputs, labels = next(iter(DataLoader(train_set, batch_size=max(1, len(train_set)))))
-    if not isinstance(public, Tensor):
-        raise UserError(f"The public inputs must be a tensor [n, ...]. Got {type(public).__name__}.")
+        try:
+            inputs, labels = next(iter(DataLoader(train_set, batch_size=len(train_set))))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError("The records must be pairs of numbers, all of the same shape.") from error
+    if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor) or labels.numel() == 0:
+        raise UserError("Each record must be a pair of tensors or numbers (input, class).")
+    if not isinstance(public, Tensor) or public.ndim < 2:
+        raise UserError(f"The public inputs must be a tensor [n, ...]. Got {shown(public)}.")
     return LabeledData(
         name="the private records with the public inputs as x_test",
         x_train=inputs.contiguous(),

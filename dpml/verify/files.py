@@ -15,6 +15,7 @@ from accounting.events import check_relation
 from accounting.ledger import Ledger, LedgerBroken
 from accounting.statement import PATEFacts, PrivacyFacts, Risk, SelectionFacts
 from accounting.statement import statement as written
+from dpml.paths import read_text
 from dpml.verify.check import Check, Folder
 
 _SHARED = (
@@ -30,7 +31,7 @@ def statement(folder: Folder) -> list[Check]:
     path = folder.path / "statement.md"
     if not path.is_file():
         return [Check("statement", "FAILED", "is missing")]
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if folder.is_private:
         expected = _statements(folder)
     else:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from accounting import UserError
+from accounting.events import check_number
+from dpml.paths import check_path, read_text
 from dpml.verify import answers, claims, consistency, files
 from dpml.verify.check import Check, Folder
 from dpml.verify.parts import CannotVerify, Malformed
 
-_MOST_BYTES = 50_000_000
 _HOSTILE = (
     *(Malformed, UserError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
     *(RecursionError, OSError),
@@ -106,7 +107,8 @@ def verify_run(folder: str | os.PathLike[str], *, seconds: float = 60.0) -> Veri
     Raises:
         UserError: if the folder is none, or holds no run.
     """
-    path = Path(folder)
+    path = check_path(folder, "run")
+    seconds = check_number(seconds, "seconds", "verify_run", low=0, high=1e6)
     if not path.is_dir():
         raise UserError(f"There is no run {str(path)!r}: it is no folder.")
     if not any(os.path.lexists(path / name) for name in ("privacy_events.json", "summary.json")):
@@ -157,9 +159,7 @@ def _json(folder: Path, name: str, checks: list[Check]) -> dict[str, Any] | None
         raise ValueError(f"{constant} is no JSON")
 
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError("it is far too large")
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        data = json.loads(read_text(path), parse_constant=refuse)
     except OSError as error:
         checks.append(Check(name, "FAILED", f"cannot be read ({error.strerror})"))
         return None
@@ -176,6 +176,6 @@ def _json(folder: Path, name: str, checks: list[Check]) -> dict[str, Any] | None
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, ValueError):
         return ""

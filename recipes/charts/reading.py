@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from accounting import UserError
+from dpml.paths import read_text
 from recipes.table import read_runs, summary_row, table_of
 
 _NAMES = ("run", "recipe")
@@ -63,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: if there is none.
     """
     try:
-        data: object = json.loads(path.read_text(encoding="utf-8"))
+        data: object = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:

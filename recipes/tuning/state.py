@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from torch import nn
 
 from accounting import UserError
 from dpml.outputs import RunFolder, write_private
+from dpml.paths import read_text
 from dpml.randomness import Randomness
 from recipes.tuning.plan import TuningPlan
 
@@ -97,17 +99,19 @@ class TuningState:
     @classmethod
     def _read(cls, path: Path, wanted: dict[str, Any]) -> TuningState | None:
         try:
-            data = json.loads((path / FOLDER / FILE).read_text(encoding="utf-8"))
+            data = json.loads(read_text(path / FOLDER / FILE))
             state = cls(RunFolder.reopen(path), data["about"], data["picks"])
             state.done = data["done"]
             state.best = None if data["best"] is None else Best(**data["best"])
+            version = data["schema_version"]
+            state._require_sense(len(wanted["plan"]["candidates"]))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{str(path / FOLDER / FILE)!r} is damaged; choose a new output folder."
             ) from error
-        if data["schema_version"] != STATE_VERSION or state._plan != wanted:
+        if version != STATE_VERSION or state._plan != wanted:
             raise UserError(
                 f"{str(path)!r} holds an unfinished tuning run with other settings; repeat its own command, "
                 "or choose a new output folder."
@@ -137,6 +141,19 @@ class TuningState:
         self._write()
         if old is not None and old != self.best.weights:
             (self.folder.path / FOLDER / old).unlink(missing_ok=True)
+
+    def _require_sense(self, candidates: int) -> None:
+        """Raise ValueError unless these are trials, so many are done, and one of them is the best."""
+        best = self.best
+        picks = self.picks if best is None else [*self.picks, best.pick]
+        good = all(type(pick) is int and 0 <= pick < candidates for pick in picks)
+        good &= type(self.done) is int and 0 <= self.done <= len(self.picks)
+        if best is not None:
+            good &= best.score is None or (type(best.score) in (int, float) and math.isfinite(best.score))
+            good &= isinstance(best.weights, str) and isinstance(best.summary, dict)
+            good &= isinstance(best.progress, list)
+        if not good or (best is None) != (self.done == 0):
+            raise ValueError("no state of a tuning run")
 
     def delete(self) -> None:
         """Remove all of it: the winner is published."""

@@ -1,0 +1,174 @@
+"""What fuzzing found, each by itself: inputs that once got a traceback, or were wrongly accepted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import zipfile
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dpml
+from accounting import (
+    Composed,
+    Gaussian,
+    OneOf,
+    PrivacyAccountant,
+    PrivacyBudget,
+    Repeated,
+    UserError,
+    calibrate_noise_multiplier,
+    calibrate_steps,
+    epsilon_curve,
+    pate,
+    pate_sanitise,
+    selection,
+    statement,
+    tradeoff,
+)
+from accounting.events import atoms
+from dpml.cli import main
+from dpml.features import cache
+from dpml.outputs import read_events
+from dpml.pate.aggregation import aggregator
+from dpml.pate.answers import AnswerBook
+from dpml.paths import read_text
+from dpml.verify import verify_run
+
+HUGE = 10**5000
+BUDGET = PrivacyBudget(1.0, 1e-5)
+RANDOM = dpml.Randomness.from_seed(0, "test")
+DPSGD: dict[str, Any] = {"noise_multiplier": 1.0, "delta": 1e-5}
+
+
+class Odd:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+CALLS: dict[str, Any] = {
+    # More digits than Python writes, texts of several lines, and objects without a text.
+    "a huge noise": lambda: Gaussian(HUGE),
+    "a huge count": lambda: Repeated(Gaussian(1.0), HUGE),
+    "no text": lambda: Gaussian(Odd()),
+    "a switch": lambda: dpml.DPSGDConfig(**DPSGD, log_not_private=HUGE),
+    # Arrays, whose comparison is no yes or no.
+    "a list of relations": lambda: PrivacyAccountant(neighboring_relation=np.array(["zero-out", "a"])),
+    "a list of methods": lambda: PrivacyAccountant(np.array(["pld", "rdp"])),
+    "an array of clippings": lambda: dpml.Clipping(1.0, np.array(["flat", "flat"])),
+    "an array of models": lambda: dpml.DPSGDRun(**DPSGD, dataset="digits", model=np.array(["a", "b"])),
+    "no dimension": lambda: OneOf(np.array(1.5)),
+    "no list": lambda: Composed(np.array(1.5)),
+    # A misspelt relation once counted as zero-out: half of what replace-one costs.
+    "a misspelt relation": lambda: atoms(Gaussian(1.0), "replace_one"),
+    "no event": lambda: epsilon_curve(1.0, [1], 1e-5),
+    "no steps": lambda: epsilon_curve(Gaussian(1.0), 5, 1e-5),
+    "no function": lambda: calibrate_noise_multiplier(1.0, BUDGET),
+    "no budget": lambda: calibrate_steps(lambda n: Repeated(Gaussian(9.0), n), 1.0),
+    "no tolerance": lambda: calibrate_noise_multiplier(Gaussian, BUDGET, tolerance="a"),
+    "no part": lambda: PrivacyAccountant().reserve(Gaussian(1.0)).commit(1, {}),
+    "no orders": lambda: pate.gnmax_rdp([[3, 2]], 1.0, "a"),
+    "no probabilities": lambda: pate.data_dependent_rdp(-1.0, 1.0),
+    "endless moments": lambda: pate.moments_epsilon([[3, 2]], 1.0, 1e-5, 10**15),
+    "no beta": lambda: pate_sanitise.gnss_noise_multiplier(0.1, order=20.0, beta="a"),
+    "no rates": lambda: tradeoff.tradeoff_curve(Gaussian(1.0), "0.1"),
+    "no divergence": lambda: selection.selection_divergence("a", np.ones_like, selection.PoissonRuns(2.0)),
+    "endless runs": lambda: selection.PoissonRuns(2.0).probability_of(10**400),
+    "no risk": lambda: statement.Risk.of(Gaussian(1.0), float("nan"), "zero-out"),
+    # Noise that is none.
+    "a clip norm of zero": lambda: dpml.GaussianNoise(1.0, RANDOM).add([torch.zeros(2)], 0.0),
+    "a clip norm below zero": lambda: dpml.GaussianNoise(1.0, RANDOM).add([torch.zeros(2)], -1.0),
+    "a clip norm of NaN": lambda: dpml.GaussianNoise(1.0, RANDOM).add([torch.zeros(2)], float("nan")),
+    "an infinite sum": lambda: dpml.GaussianNoise(1.0, RANDOM).add([torch.full((2,), float("inf"))], 1.0),
+    "no randomness": lambda: dpml.GaussianNoise(1.0, np.random.default_rng(0)),
+    "no numbers": lambda: dpml.Randomness.from_seed(0, "test").words(-1),  # moved the stream back
+    "half a seed": lambda: dpml.Randomness.from_seed(1.5, "test"),  # was that of 1
+    "a secret text": lambda: dpml.Randomness.from_state({**RANDOM.state(), "is_secret": "false"}),
+    "no key": lambda: dpml.Randomness.from_state({**RANDOM.state(), "key": 1}),
+    # Parts of a loop.
+    "no decay": lambda: dpml.WeightAverage(nn.Linear(2, 2), float("nan")),
+    "no divisor": lambda: dpml.set_gradients([], [], 0),
+    "no views": lambda: dpml.Examples([(0, 0)], views=0),
+    "no sampler": lambda: dpml.SampledGaussianMechanism(None, dpml.Clipping(1.0), None, None),
+    "no model's name": lambda: dpml.build([], (4,), 2),
+    "no shape": lambda: dpml.build("mlp", 4, 2),
+    "no configuration": lambda: dpml.train_dpsgd(nn.Linear(2, 2), [(torch.zeros(2), 0)], {}),
+    "no run": lambda: dpml.run_pate(None),
+    "no records": lambda: dpml.train_pate(5, torch.zeros(3, 2), dpml.PATEConfig(**DPSGD, queries=1)),
+    "a test set of nothing": lambda: dpml.train_dpsgd(
+        nn.Linear(2, 2), [(torch.zeros(2), 0)] * 300, dpml.DPSGDConfig(**DPSGD), test_set=3
+    ),
+    "no data": lambda: dpml.load(None),
+    "no folder": lambda: dpml.PrivatePredictor(3),
+    "no run's folder": lambda: verify_run(3),
+    "no time": lambda: verify_run(".", seconds=float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_clear_line(name: str) -> None:
+    with pytest.raises(UserError) as found:
+        CALLS[name]()
+    assert type(found.value) is not ValueError
+    assert 10 < len(str(found.value)) < 500
+    assert "\n" not in str(found.value)
+
+
+def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="plain file"):
+            read_text(path)
+        with pytest.raises(UserError, match="plain file"):
+            read_events(path)
+
+
+def test_a_version_is_no_truth_value(tmp_path: Path) -> None:
+    body = Gaussian(1.0).to_dict()
+    record = {"schema_version": True, "planned": [body], "committed": [body]}
+    (tmp_path / "events.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="not an events file of version 1"):
+        read_events(tmp_path / "events.json")
+
+
+def test_a_header_that_claims_more_than_memory_holds(tmp_path: Path) -> None:
+    path = tmp_path / "own.npz"
+    np.savez(path, y_train=np.arange(2), x_test=np.zeros((2, 2)), y_test=np.arange(2))
+    with zipfile.ZipFile(path, "a") as archive, archive.open("x_train.npy", "w") as member:
+        header = {"descr": "<f8", "fortran_order": False, "shape": (10**15, 4)}
+        np.lib.format.write_array_header_1_0(member, header)
+    with pytest.raises(UserError, match="damaged"):
+        dpml.load(path)
+
+
+def test_a_cache_whose_header_is_cut_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "block.npy"
+    cache._write(path, iter([np.zeros((2, 2), dtype=np.float16)]), 2)
+    path.write_bytes(path.read_bytes().replace(b"}", b" "))
+    assert cache._read(path) is None
+
+
+def test_a_book_without_its_columns(tmp_path: Path) -> None:
+    by = aggregator("gnmax", noise_multiplier=4.0, queries=3)
+    AnswerBook(tmp_path / "book", by).close()
+    with closing(sqlite3.connect(tmp_path / "book")) as base:
+        base.execute("ALTER TABLE queries DROP COLUMN class")
+        base.commit()
+    with pytest.raises((UserError, OSError), match="no such column"):
+        AnswerBook(tmp_path / "book", by)
+
+
+@pytest.mark.parametrize("words", [["verify", "a\0b"], ["train", "dpsgd", "--epochs", "x" * 5000]])
+def test_words_that_no_line_takes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("dpml: error: ")
+    assert message.count("\n") == 1
+    assert len(message) < 1100
