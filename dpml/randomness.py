@@ -118,6 +118,9 @@ class Randomness:
     def __init__(self, key: bytes, *, is_secret: bool, position: int = 0) -> None:
         """Begin the stream of `key` at its word number `position`."""
         self.is_secret = is_secret
+        self._begin(key, position)
+
+    def _begin(self, key: bytes, position: int) -> None:
         self._key, self._position = key, position
         block, odd = divmod(position, 2)
         nonce = (block % 2**128).to_bytes(16, "big")
@@ -136,17 +139,25 @@ class Randomness:
         return cls(key, is_secret=False)
 
     def state(self) -> dict[str, Any]:
-        """What `from_state` needs to go on from here, as JSON. Whoever has it can subtract the noise."""
+        """What `restore` needs to go on from here, as JSON. Whoever has it knows all that is drawn later."""
         return {"key": self._key.hex(), "position": self._position, "is_secret": self.is_secret}
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Randomness:
-        """The stream whose `state` this was, at the same place.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the stream whose `state` this was, at the same place.
 
         For the same computation once more, whose first outcome nobody has seen: noise that is used on
         anything else protects neither.
         """
-        return cls(bytes.fromhex(state["key"]), is_secret=state["is_secret"], position=state["position"])
+        self.is_secret = state["is_secret"]
+        self._begin(bytes.fromhex(state["key"]), state["position"])
+
+    def renew(self) -> None:
+        """Take the next 256 bits of the stream as its key, and forget the old one.
+
+        From a `state` after this, nothing can be learned of what was drawn before it (Bernstein 2017, "Fast-
+        key-erasure random-number generators").
+        """
+        self._begin(self.words(4).astype("<u8").tobytes(), 0)
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """`count` independent uniform 64-bit integers, shape [count]."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from dpml.pate.features import Features
 from dpml.pate.guesses import choose_queries
 from dpml.pate.planning import plan_run
 from dpml.pate.publishing import publish
-from dpml.pate.report import CONFIG_FILE, PATEReport
+from dpml.pate.report import PATEReport
 from dpml.pate.student import Report as Watch
 from dpml.pate.student import StudentSettings, train_student
 from dpml.planning import accountant_for
@@ -67,33 +65,6 @@ def run_pate(
         test_set_is_public=data.is_public_benchmark,
         resume=resume,
     )
-
-
-def read_run(folder: str | os.PathLike[str]) -> PATERun:
-    """The configuration of a PATE run that ended early, from its output folder.
-
-    Raises:
-        UserError: if the folder holds no such run, or one that is complete.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"There is no run {str(path)!r} to go on with.")
-    try:
-        record = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        run = PATERun(**record["config"])
-    except OSError as error:
-        raise UserError(
-            f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE} (only PATE runs can be, so far)."
-        ) from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{str(path / CONFIG_FILE)!r} is damaged: {error!s:.100}") from error
-    try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return run
-    if summary.get("status") == "completed":
-        raise UserError(f"The run {str(path)!r} is complete: there is nothing to resume.")
-    return run
 
 
 def train_pate(

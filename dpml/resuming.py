@@ -1,0 +1,87 @@
+"""The configuration of a run in its output folder, from which `dpml resume` goes on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accounting import UserError
+from dpml.config import DPSGDRun
+from dpml.outputs import RunFolder
+from dpml.pate.config import PATERun
+
+CONFIG_FILE = "run.json"
+CHECKPOINT_FOLDER = "checkpoint"
+EVENTS_FILE = "privacy_events.json"
+_RUNS = {"dpsgd": DPSGDRun, "pate": PATERun}
+_OVER = ("completed", "diverged")
+
+
+class CannotResume(UserError):
+    """A run that ended early cannot be gone on with. What it has planned stays paid for."""
+
+
+def write_run(folder: RunFolder, method: str, config: Mapping[str, Any]) -> None:
+    """Write down the configuration of a run before it begins."""
+    folder.write_json(CONFIG_FILE, {"method": method, "config": config})
+
+
+def read_run(folder: str | os.PathLike[str]) -> DPSGDRun | PATERun:
+    """The configuration of a run that ended early, from its output folder.
+
+    Raises:
+        CannotResume: if the folder holds no such run, one that is over, or one of a model of your own.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CannotResume(f"There is no run {str(path)!r} to go on with.")
+    require_unfinished(path)
+    try:
+        record = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        config, run = record["config"], _RUNS[record["method"]]
+        if "dataset" not in config:
+            raise CannotResume(
+                f"The run {str(path)!r} is of a model of your own: call train_dpsgd or train_pate again, as "
+                "before, with resume=True."
+            )
+        return run(**config)
+    except CannotResume:
+        raise
+    except OSError as error:
+        raise CannotResume(f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE}.") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CannotResume(f"{str(path / CONFIG_FILE)!r} is damaged: {error!s:.100}") from error
+
+
+def require_unfinished(path: Path) -> None:
+    """Raise CannotResume if the run in a folder is over."""
+    try:
+        status = json.loads((path / "summary.json").read_text(encoding="utf-8")).get("status")
+    except (OSError, ValueError, AttributeError):
+        return
+    if status in _OVER:
+        raise CannotResume(f"The run {str(path)!r} is complete ({status}): there is nothing to resume.")
+
+
+def reopened(output: str | os.PathLike[str]) -> RunFolder:
+    """The folder of a run that goes on, or begins there if nothing of it is there yet.
+
+    Raises:
+        CannotResume: if it holds something else, or a run that is over.
+        UserError: if it cannot be written to.
+    """
+    path = Path(output)
+    if not path.is_dir() or not any(path.iterdir()):
+        return RunFolder(path)
+    require_unfinished(path)
+    if not (path / CONFIG_FILE).exists():
+        raise CannotResume(f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE}.")
+    return RunFolder.reopen(path)
+
+
+def can_go_on(folder: Path) -> bool:
+    """Whether a DP-SGD run in a folder has what resuming needs, or had not begun to release anything."""
+    return (folder / CHECKPOINT_FOLDER).is_dir() or not (folder / EVENTS_FILE).exists()
