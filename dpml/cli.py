@@ -256,8 +256,8 @@ def _say_stopped(summary: dict[str, Any], output: Path) -> None:
     click.echo(f"dpml: {done}", err=True)
     if summary["method"] == "dpsgd":
         click.echo(
-            f"dpml: 'dpml resume {shlex.quote(str(output))}' goes on. Its folder checkpoint/ holds the keys of "
-            "noise to come: keep it to yourself, and delete it if the run is to end here.",
+            f"dpml: 'dpml resume {shlex.quote(str(output))}' goes on. The folder checkpoint/ there holds the "
+            "keys of noise to come: keep it to yourself, and delete it if the run is to end here.",
             err=True,
         )
 

@@ -16,7 +16,7 @@ from dpml.pate.config import PATERun
 CONFIG_FILE = "run.json"
 CHECKPOINT_FOLDER = "checkpoint"
 EVENTS_FILE = "privacy_events.json"
-_RUNS = {"dpsgd": DPSGDRun, "pate": PATERun}
+_RUNS: dict[str, type[DPSGDRun] | type[PATERun]] = {"dpsgd": DPSGDRun, "pate": PATERun}
 _OVER = ("completed", "diverged")
 
 
@@ -80,8 +80,3 @@ def reopened(output: str | os.PathLike[str]) -> RunFolder:
     if not (path / CONFIG_FILE).exists():
         raise CannotResume(f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE}.")
     return RunFolder.reopen(path)
-
-
-def can_go_on(folder: Path) -> bool:
-    """Whether a DP-SGD run in a folder has what resuming needs, or had not begun to release anything."""
-    return (folder / CHECKPOINT_FOLDER).is_dir() or not (folder / EVENTS_FILE).exists()

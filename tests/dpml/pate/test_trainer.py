@@ -21,7 +21,7 @@ from dpml.pate.answers import AnswerBook, Desk, query_keys
 from dpml.pate.ensembles import train_teachers
 from dpml.pate.guesses import choose_queries
 from dpml.pate.trainer import run_pate
-from dpml.resuming import read_run, train_pate
+from dpml.resuming import read_run
 
 QUICK = {"student": "supervised", "student_epochs": 2, "teachers": 20}
 
