@@ -77,6 +77,7 @@ def reopened(output: str | os.PathLike[str]) -> RunFolder:
     if not path.is_dir() or not any(path.iterdir()):
         return RunFolder(path)
     require_unfinished(path)
-    if not (path / CONFIG_FILE).exists():
+    begun = [item.name for item in path.iterdir() if item.name != f".{CONFIG_FILE}.tmp"]
+    if begun and CONFIG_FILE not in begun:
         raise CannotResume(f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE}.")
     return RunFolder.reopen(path)

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import stat
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,7 @@ def in_a_child(work: Callable[[pytest.MonkeyPatch], Any]) -> int:
             with pytest.MonkeyPatch.context() as patch:
                 work(patch)
         except BaseException:
+            traceback.print_exc()
             os._exit(1)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
