@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,13 @@ def read_run(folder: str | os.PathLike[str]) -> DPSGDRun | PATERun:
 
 
 def require_unfinished(path: Path) -> None:
-    """Raise CannotResume if the run in a folder is over."""
+    """Raise CannotResume if the run in a folder is over. What a kill has left of its checkpoint goes then."""
     try:
         status = json.loads((path / "summary.json").read_text(encoding="utf-8")).get("status")
     except (OSError, ValueError, AttributeError):
         return
     if status in _OVER:
+        shutil.rmtree(path / CHECKPOINT_FOLDER, ignore_errors=True)
         raise CannotResume(f"The run {str(path)!r} is complete ({status}): there is nothing to resume.")
 
 

@@ -100,14 +100,14 @@ def weights(folder: Path) -> torch.Tensor:
 
 
 def test_seeds(call: Call, own_data: Path, tmp_path: Path) -> None:
-    seeded = ("--seed", 3, "--insecure-noise-seed", 6)
+    seeded = ("--seed", 3, "--insecure-noise-seed", 4)
     runs: dict[str, tuple[Any, ...]] = {
         "a": seeded,
         "b": seeded,
         "small": (*seeded, "--micro-batch-size", 3),
         "one": (*seeded, "--micro-batch-size", 1),
         "noise": ("--seed", 3, "--insecure-noise-seed", 5),
-        "start": ("--seed", 4, "--insecure-noise-seed", 6),
+        "start": ("--seed", 4, "--insecure-noise-seed", 4),
         "secret": ("--seed", 3),
         "secret2": ("--seed", 3),
     }
@@ -237,7 +237,12 @@ cli.run()
 SMALL_DISK = """
 import resource, sys
 from dpml import cli
-resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+from dpml.tracking import TensorBoard
+start = TensorBoard.start
+def limited(*arguments):
+    start(*arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+TensorBoard.start = limited
 sys.argv[1:] = {arguments!r}
 cli.run()
 """

@@ -166,6 +166,7 @@ def test_sigkill_at_every_boundary(boundary: str, tmp_path: Path, uninterrupted:
     if (folder / "summary.json").exists():
         with pytest.raises(UserError, match="complete"):
             go_on(folder, insecure_noise_seed=3)
+        check_nothing_left(folder)
         return
     with pytest.MonkeyPatch.context() as patch:
         record_releases(patch, log)
@@ -192,10 +193,12 @@ def run_with_kills(folder: Path, log: Path, kills: int, seconds: float, **settin
         killed += 1
         if (folder / resuming.CHECKPOINT_FOLDER / CHECKPOINT_FILE).exists():
             checkpoint.read(folder / resuming.CHECKPOINT_FOLDER / CHECKPOINT_FILE)
-    if not (folder / "summary.json").exists():
-        with pytest.MonkeyPatch.context() as patch:
-            record_releases(patch, log)
-            go_on(folder, **settings)
+        if (folder / "summary.json").exists():
+            assert "complete" in refusal(folder, **settings)
+            return killed
+    with pytest.MonkeyPatch.context() as patch:
+        record_releases(patch, log)
+        go_on(folder, **settings)
     return killed
 
 
