@@ -79,7 +79,8 @@ def reopened(output: str | os.PathLike[str]) -> RunFolder:
     if not path.is_dir() or not any(path.iterdir()):
         return RunFolder(path)
     require_unfinished(path)
-    begun = [item.name for item in path.iterdir() if item.name != f".{CONFIG_FILE}.tmp"]
-    if begun and CONFIG_FILE not in begun:
+    before_the_first_file = {f".{CONFIG_FILE}.tmp", CHECKPOINT_FOLDER}
+    names = {item.name for item in path.iterdir()}
+    if CONFIG_FILE not in names and names - before_the_first_file:
         raise CannotResume(f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE}.")
     return RunFolder.reopen(path)
