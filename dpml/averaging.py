@@ -23,19 +23,20 @@ class WeightAverage:
 
     Attributes:
         model: A model of the same kind with the averaged weights.
+        steps: Over how many steps so far.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(check_instance(model, nn.Module, "model", "WeightAverage"))
         self._decay = check_number(decay, "decay", "WeightAverage", low=0, high=1, closed="left")
-        self._steps = 0
+        self.steps = 0
 
     def update(self, model: nn.Module) -> None:
         """Take in the weights after another step."""
-        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        self._steps += 1
+        decay = min(self._decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
         with torch.no_grad():
-            for mean, new in zip(_tensors(self.model), _tensors(model), strict=True):
+            for mean, new in zip(tensors_of(self.model), tensors_of(model), strict=True):
                 if mean.is_floating_point():
                     mean.lerp_(new, 1 - decay)
                 else:
@@ -44,10 +45,10 @@ class WeightAverage:
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite a model's weights by the averaged ones."""
         with torch.no_grad():
-            for mean, weight in zip(_tensors(self.model), _tensors(model), strict=True):
+            for mean, weight in zip(tensors_of(self.model), tensors_of(model), strict=True):
                 weight.copy_(mean)
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
+def tensors_of(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers, each once: a tied weight is one."""
     return [*model.parameters(), *model.buffers()]

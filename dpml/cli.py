@@ -147,10 +147,15 @@ def train_pate(output: Path | None, recipe: str | None, **values: Any) -> int:
 @dpml.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def resume(folder: Path) -> int:
-    """Go on with a PATE run that was interrupted or killed. What was answered is not paid for twice."""
-    from dpml.pate.trainer import read_run, run_pate
+    """Go on with a run that was interrupted or killed. What it has released is not paid for twice."""
+    from dpml.dpsgd import run_dpsgd
+    from dpml.pate.trainer import run_pate
+    from dpml.resuming import read_run
 
-    return _trained(read_run(folder), folder, "pate", partial(run_pate, resume=True))
+    run = read_run(folder)
+    if isinstance(run, PATERun):
+        return _trained(run, folder, "pate", partial(run_pate, resume=True))
+    return _trained(run, folder, "dpsgd", partial(run_dpsgd, resume=True))
 
 
 def _trained(run: Any, output: Path | None, method: str, train_run: Callable[..., TrainingResult]) -> int:
@@ -195,7 +200,7 @@ def show_run(summary: dict[str, Any], output: Path) -> None:
     rows["curves"] = f"tensorboard --logdir {shlex.quote(str(output))}"
     print_table(rows)
     if summary["status"] == "stopped":
-        _say_stopped(summary)
+        _say_stopped(summary, output)
     if summary["status"] == "diverged":
         click.echo("dpml: the weights are not finite any more; lower the learning rate.", err=True)
     if (
@@ -212,7 +217,7 @@ def show_run(summary: dict[str, Any], output: Path) -> None:
         click.echo("dpml: noise came from a known seed; this run is not for release.", err=True)
 
 
-def _say_stopped(summary: dict[str, Any]) -> None:
+def _say_stopped(summary: dict[str, Any], output: Path) -> None:
     done = f"Stopped after {summary['steps']:,} of {summary['planned_steps']:,} steps; the model is kept."
     if summary["epsilon"] is not None:
         done += (
@@ -220,6 +225,12 @@ def _say_stopped(summary: dict[str, Any]) -> None:
             f"plan's: ε = {summary['epsilon']:.4f}."
         )
     click.echo(f"dpml: {done}", err=True)
+    if summary["method"] == "dpsgd":
+        click.echo(
+            f"dpml: 'dpml resume {shlex.quote(str(output))}' goes on. The folder checkpoint/ there holds the "
+            "keys of noise to come: keep it to yourself, and delete it if the run is to end here.",
+            err=True,
+        )
 
 
 def _relation(summary: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ from accounting import (
     Event,
     NonPrivate,
     PrivacyAccountant,
+    Repeated,
+    Reservation,
     UserError,
     calibrate_noise_multiplier,
 )
@@ -26,6 +28,7 @@ from dpml.adaptive import AdaptiveClipping
 from dpml.augmentation import AUGMENTATIONS, Augment, require_independent_rows
 from dpml.averaging import WeightAverage
 from dpml.centring import Centred, NoisyMean
+from dpml.checkpoint import Checkpoint, require_keepable
 from dpml.config import DPSGDConfig, DPSGDRun
 from dpml.data import LabeledData, load
 from dpml.data.batches import Examples, check_records
@@ -35,14 +38,16 @@ from dpml.features import features_of
 from dpml.gradients import BookKeepingEngine, Clipping, Engine, Loss, cross_entropy
 from dpml.gradients.engine import plain_sum, trainable_parameters
 from dpml.gradients.models import make_trainable, require_example_losses, require_trainable
-from dpml.ledger import closed, warn_of_look_alikes
+from dpml.ledger import closed, reserved, warn_of_look_alikes
 from dpml.mechanism import SampledGaussianMechanism, set_gradients
 from dpml.noise import GaussianNoise
 from dpml.outputs import RunFolder
 from dpml.planning import SamplingPlan, accountant_for, count_noise
 from dpml.randomness import Randomness
 from dpml.report import Report, Status, TrainingResult
-from dpml.tracking import TensorBoard, Tracker
+from dpml.resuming import recorded_run, reopened
+from dpml.tracking import Stopwatch, TensorBoard, Tracker
+from dpml.training_state import TrainingState
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -53,6 +58,7 @@ def run_dpsgd(
     output: str | os.PathLike[str] | None = None,
     trackers: Sequence[Tracker] = (),
     data: LabeledData | None = None,
+    resume: bool = False,
 ) -> TrainingResult:
     """Train as a complete configuration says: load its data, build its model, and `train_dpsgd`.
 
@@ -61,6 +67,7 @@ def run_dpsgd(
         output: As for `train_dpsgd`.
         trackers: As for `train_dpsgd`.
         data: Train on this in place of what the configuration names, such as a part of it.
+        resume: As for `train_dpsgd`.
 
     Raises:
         UserError: for a mistake in the configuration, the data or the output folder.
@@ -86,6 +93,7 @@ def run_dpsgd(
         trackers=trackers,
         name=data.name,
         test_set_is_public=data.is_public_benchmark,
+        resume=resume,
     )
 
 
@@ -104,6 +112,7 @@ def train_dpsgd(
     test_set_is_public: bool = False,
     augment: Augment | None = None,
     accountant: PrivacyAccountant | None = None,
+    resume: bool = False,
 ) -> TrainingResult:
     """Train a model on a data set with DP-SGD, under a budget or with a given noise.
 
@@ -130,9 +139,13 @@ def train_dpsgd(
             global generator; in place of the configured augmentation.
         accountant: One that other releases of these records go through too; its budget then pays for the
             plan. By default a new one, with the configured budget.
+        resume: Go on with the run in `output` that was killed or stopped, from its checkpoint; begin it if
+            nothing of it is there. All else must be as it was. Its plan is reserved again, and what it had
+            released is committed again: these are the same releases. See `dpml.checkpoint`.
 
     Raises:
         UserError: for a mistake in model, data, configuration or output folder; nothing is spent then.
+            A `CannotResume` if there is no checkpoint, or it is damaged, or of another run.
         BudgetExceeded, UnreachableBudget: if the budget cannot be met; nothing is spent then.
     """
     check_instance(config, DPSGDConfig, "config", "train_dpsgd")
@@ -169,47 +182,56 @@ def train_dpsgd(
         require_trainable(model, inputs, engine)
         require_example_losses(model, loss, inputs, targets)
     parameters = trainable_parameters(model)
-    optimizer = (
-        torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
-        if make_optimizer is None
-        else make_optimizer(parameters)
-    )
-    schedule = None
-    if config.schedule != "constant":  # the share of the run in which the rate falls to zero
-        falling = {"linear": 1.0, "trapezoidal": 0.4}[config.schedule] * sampling.steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda done: min(1.0, (sampling.steps - done) / falling)
-        )
-    folder = None if output is None else RunFolder(output)
-    trackers = [*trackers, TensorBoard(folder.path)] if folder else list(trackers)
+    optimizer = _optimizer(config, parameters, make_optimizer, is_kept=output is not None)
+    schedule = _schedule(config, optimizer, sampling.steps)
+    folder = None
+    if output is not None:
+        folder = reopened(output) if resume else RunFolder(output)
 
-    sampler = PoissonSampler(len(examples), sampling.sampling_probability, _random(config, "sampling"))
-    mechanism = None if config.non_private else _mechanism(config, sampling, sampler, engine)
-    mean = None if centred is None else _mean(config, sampling)
+    streams = {purpose: _random(config, purpose) for purpose in ("sampling", "noise", "layers", "mean")}
+    sampler = PoissonSampler(len(examples), sampling.sampling_probability, streams["sampling"])
+    mechanism = None
+    if not config.non_private:
+        mechanism = _mechanism(config, sampling, sampler, engine, streams["noise"])
+    mean = None if centred is None else _mean(config, sampling, streams["mean"])
     plan: Event = NonPrivate() if mechanism is None else mechanism.plan(sampling.steps)
     if mechanism is not None and mean is not None:
         plan = Composed([mean.event, plan])
     accountant = accountant_for(config, sampling.neighboring_relation, accountant)
     settings = asdict(config) | ({} if augment is None else {"augment": "a function"})
-    report = Report(config, settings, sampling, mechanism, plan, folder, trackers, test_set)
     average = WeightAverage(model, config.average) if config.average else None
     released = model if average is None else average.model
+    clipping = None if mechanism is None else mechanism.clipping
+    state = TrainingState(model, optimizer, schedule, average, clipping, streams, Stopwatch())
+    checkpoint = Checkpoint(folder, state, {"settings": settings, "plan": plan.to_dict()}, train_set, device)
     status: Status = "completed"
-    layers = _random(config, "layers")
     devices = [device] if device.type == "cuda" else []
     warn_of_look_alikes(accountant, train_set)
-    with accountant.reserve(plan) as reservation, torch.random.fork_rng(devices=devices):
-        report.start()
+    with (
+        reserved(accountant, plan, recorded_run(output) if resume else None) as reservation,
+        checkpoint.opened(resume=resume, receipt=reservation.receipt),
+        torch.random.fork_rng(devices=devices),
+    ):
+        _commit_again(state, mechanism, mean, reservation)
+        board = [TensorBoard(folder.path, state.step if resume else None)] if folder else []
+        everyone = [*trackers, *board]
+        report = Report(
+            config, settings, sampling, mechanism, plan, folder, everyone, test_set, state.training
+        )
+        report.start(reservation.committed_event if resume else Repeated(plan, 0))
         try:
-            if centred is not None and mean is not None:
-                with report.training:
+            if centred is not None and mean is not None and not state.mean_released:
+                with report.training, state.changing():
                     centred.mean.copy_(mean.release(mean.total(examples.inputs()), reservation))
-            for step in range(1, sampling.steps + 1):
-                with report.training:
+                    state.mean_released = True
+            if state.step > 0 and not report.step(state.step, model, released, {}, checkpoint):
+                status = "diverged"
+            for step in range(state.step + 1, sampling.steps + 1) if status == "completed" else ():
+                with report.training, state.changing():
                     # Dropout's masks and augmentations go by place in a batch: with known ones, a record
                     # that moves the others would be seen. So they are secret too, and independent of
                     # earlier samples.
-                    torch.manual_seed(int(layers.words(1)[0] >> np.uint64(1)))
+                    torch.manual_seed(int(streams["layers"].words(1)[0] >> np.uint64(1)))
                     batches = examples.micro_batches(sampler.sample())
                     if mechanism is None:
                         clipped = plain_sum(model, loss, batches)
@@ -223,16 +245,19 @@ def train_dpsgd(
                         schedule.step()
                     if average is not None:
                         average.update(model)
-                if not report.step(step, model, released, clipped.diagnostics):
+                    state.step = step
+                if not report.step(step, model, released, clipped.diagnostics, checkpoint):
                     status = "diverged"
                     break
         except KeyboardInterrupt:
+            if not checkpoint.keep_interrupted():
+                raise  # the weights are between two steps: the last checkpoint is what there is
             status = "stopped"
         optimizer.zero_grad()
         if average is not None:
             average.copy_to(model)
         committed = reservation.committed_event if mechanism is not None else plan
-        return report.finish(
+        result = report.finish(
             model,
             status,
             committed,
@@ -240,10 +265,59 @@ def train_dpsgd(
             test_set_is_public=test_set_is_public,
             receipt=closed(reservation),
         )
+        if status != "stopped":
+            checkpoint.delete()
+        return result
+
+
+def _optimizer(
+    config: DPSGDConfig, parameters: list[nn.Parameter], make: MakeOptimizer | None, *, is_kept: bool
+) -> torch.optim.Optimizer:
+    """SGD as configured, or what `make` gives. One that is to be kept is tried before anything is spent."""
+    if make is None:
+        return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
+    if is_kept:
+        copies = [nn.Parameter(p.detach().clone()) for p in parameters]
+        for copy in copies:
+            copy.grad = torch.zeros_like(copy)
+        trial = make(copies)
+        trial.step()
+        require_keepable(trial.state_dict())
+    return make(parameters)
+
+
+def _schedule(
+    config: DPSGDConfig, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR | None:
+    """The learning rate over the run, if it is not constant."""
+    if config.schedule == "constant":
+        return None
+    # The share of the run in which the rate falls to zero.
+    falling = {"linear": 1.0, "trapezoidal": 0.4}[config.schedule] * steps
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (steps - done) / falling))
+
+
+def _commit_again(
+    state: TrainingState,
+    mechanism: SampledGaussianMechanism | None,
+    mean: NoisyMean | None,
+    reservation: Reservation,
+) -> None:
+    """Commit what an earlier process released: it is the same releases, and they stay paid for."""
+    if mechanism is None:
+        return
+    if mean is not None and state.mean_released:
+        reservation.commit(1, mean.event)
+    if state.step > 0:
+        reservation.commit(state.step, mechanism.event)
 
 
 def _mechanism(
-    config: DPSGDConfig, sampling: SamplingPlan, sampler: PoissonSampler, engine: Engine
+    config: DPSGDConfig,
+    sampling: SamplingPlan,
+    sampler: PoissonSampler,
+    engine: Engine,
+    randomness: Randomness,
 ) -> SampledGaussianMechanism:
     """The mechanism of each step, its noise calibrated to the budget if there is one."""
     noise_multiplier, adaptive = config.noise_multiplier, config.clip_quantile is not None
@@ -257,7 +331,7 @@ def _mechanism(
             method=config.accountant,
             neighboring_relation=sampling.neighboring_relation,
         )
-    noise = GaussianNoise(noise_multiplier, _random(config, "noise"))
+    noise = GaussianNoise(noise_multiplier, randomness)
     clipping: Clipping | AdaptiveClipping = Clipping(config.clip_norm, config.clipping)
     if config.clip_quantile is not None:
         batch_size = sampling.expected_batch_size
@@ -266,11 +340,11 @@ def _mechanism(
     return SampledGaussianMechanism(sampler, clipping, noise, engine)
 
 
-def _mean(config: DPSGDConfig, sampling: SamplingPlan) -> NoisyMean:
+def _mean(config: DPSGDConfig, sampling: SamplingPlan, randomness: Randomness) -> NoisyMean:
     """The release of the inputs' mean. Its divisor is the number of records where that is public."""
     noise = None
     if not config.non_private and config.mean_noise is not None:
-        noise = GaussianNoise(config.mean_noise, _random(config, "mean"))
+        noise = GaussianNoise(config.mean_noise, randomness)
     return NoisyMean(noise, sampling.expected_batch_size / sampling.sampling_probability)
 
 

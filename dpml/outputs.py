@@ -7,7 +7,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,22 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = check_path(path, "output folder")
-        try:
+        with _writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
                 raise UserError(f"The output folder {str(self.path)!r} is not empty; choose a new one.")
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise UserError(
-                f"The output folder {str(self.path)!r} cannot be written to ({reason}); choose another."
-            ) from error
 
     @classmethod
     def reopen(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """The folder of a run that goes on."""
+        """The folder of a run that goes on.
+
+        Raises:
+            UserError: if it cannot be written to.
+        """
         folder = cls.__new__(cls)
         folder.path = Path(path)
-        return folder
+        with _writable(folder.path):
+            return folder
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file atomically."""
@@ -84,15 +83,33 @@ class RunFolder:
         temporary.replace(self.path / name)
 
 
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Check that a folder can be written to when the block has ended; its OSErrors are a user's mistake."""
+    try:
+        yield
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(
+            f"The output folder {str(path)!r} cannot be written to ({reason}); choose another."
+        ) from error
+
+
 def write_private(path: Path, content: bytes) -> None:
     """Write a file that its owner alone can read, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def events_record(

@@ -31,7 +31,9 @@ class Draw(ABC):
     """Numbers of a continuous law that were drawn as float64, and can be known as exactly as wanted.
 
     Behind each stand uniform real numbers of which 52 bits were drawn. The law of the real number is exact:
-    more bits are drawn when somebody asks. All values but the `doubtful` ones are within `error` of it.
+    more bits are drawn when somebody asks, from a stream of its own, so that what is drawn later from the
+    first one does not depend on whether somebody did. All values but the `doubtful` ones are within `error`
+    of it.
 
     Attributes:
         values: What was drawn, float64 [n].
@@ -43,7 +45,8 @@ class Draw(ABC):
     doubtful: npt.NDArray[np.int64]
 
     def __init__(self, randomness: Randomness) -> None:
-        self._randomness = randomness
+        key = randomness.words(4).astype("<u8").tobytes()
+        self._randomness = Randomness(key, is_secret=randomness.is_secret)
         self._more: dict[tuple[int, int], tuple[int, int]] = {}
 
     @abstractmethod
@@ -125,11 +128,11 @@ class Randomness:
         Raises:
             UserError: for another key or position, or if `is_secret` is neither true nor false.
         """
-        if not isinstance(key, bytes) or len(key) != 32 or not isinstance(is_secret, bool):
-            raise UserError("A stream needs a key of 32 bytes, and whether it is secret: True or False.")
-        if isinstance(position, bool) or not isinstance(position, int) or position < 0:
-            raise UserError(f"The position in a stream must be a whole number. Got {shown(position)}.")
+        _check_stream(key, is_secret, position)
         self.is_secret = is_secret
+        self._begin(key, position)
+
+    def _begin(self, key: bytes, position: int) -> None:
         self._key, self._position = key, position
         block, odd = divmod(position, 2)
         nonce = (block % 2**128).to_bytes(16, "big")
@@ -152,12 +155,11 @@ class Randomness:
         return cls(key, is_secret=False)
 
     def state(self) -> dict[str, Any]:
-        """What `from_state` needs to go on from here, as JSON. Whoever has it can subtract the noise."""
+        """What `restore` needs to go on from here, as JSON. Whoever has it knows all that is drawn later."""
         return {"key": self._key.hex(), "position": self._position, "is_secret": self.is_secret}
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Randomness:
-        """The stream whose `state` this was, at the same place.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the stream whose `state` this was, at the same place.
 
         For the same computation once more, whose first outcome nobody has seen: noise that is used on
         anything else protects neither.
@@ -169,7 +171,17 @@ class Randomness:
             key, secret, position = bytes.fromhex(state["key"]), state["is_secret"], state["position"]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"This is no state of a stream: {type(error).__name__}.") from error
-        return cls(key, is_secret=secret, position=position)
+        _check_stream(key, secret, position)
+        self.is_secret = secret
+        self._begin(key, position)
+
+    def renew(self) -> None:
+        """Take the next 256 bits of the stream as its key, and forget the old one.
+
+        From a `state` after this, nothing can be learned of what was drawn before it (Bernstein 2017, "Fast-
+        key-erasure random-number generators").
+        """
+        self._begin(self.words(4).astype("<u8").tobytes(), 0)
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """`count` independent uniform 64-bit integers, shape [count]."""
@@ -202,6 +214,13 @@ class Randomness:
     def laplaces(self, count: int) -> npt.NDArray[np.float64]:
         """The float64 values of `laplace_draw`, shape [count]."""
         return self.laplace_draw(count).values
+
+
+def _check_stream(key: object, is_secret: object, position: object) -> None:
+    if not isinstance(key, bytes) or len(key) != 32 or not isinstance(is_secret, bool):
+        raise UserError("A stream needs a key of 32 bytes, and whether it is secret: True or False.")
+    if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+        raise UserError(f"The position in a stream must be a whole number. Got {shown(position)}.")
 
 
 def _middle(words: Words) -> npt.NDArray[np.float64]:

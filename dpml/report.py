@@ -18,6 +18,7 @@ from accounting.budget import Receipt
 from accounting.curve import epsilon_curve
 from accounting.pld import DEFAULT_TOLERANCE
 from accounting.statement import PrivacyFacts, Risk, statement
+from dpml.checkpoint import Checkpoint
 from dpml.config import DPSGDConfig
 from dpml.data.batches import to_device
 from dpml.ledger import in_summary
@@ -116,12 +117,13 @@ class Report:
         folder: RunFolder | None,
         trackers: Sequence[Tracker],
         test_set: Any,
+        training: Stopwatch,
     ) -> None:
         self.config, self.sampling, self.mechanism, self.plan = config, sampling, mechanism, plan
         self.folder, self.trackers, self.test_set = folder, trackers, test_set
         self.settings = settings
         self.mean_event = plan.events[0] if isinstance(plan, Composed) else None  # see `SamplingPlan.event`
-        self.training = Stopwatch()
+        self.training = training
         self.accuracy: float | None = None
         self.steps = 0
         every = math.ceil(sampling.steps / _CURVE_POINTS)
@@ -131,8 +133,8 @@ class Report:
         epoch = max(1, round(1 / sampling.sampling_probability))
         self._evaluate_every = max(epoch, math.ceil(sampling.steps / _EVALUATIONS))
 
-    def start(self) -> None:
-        """Write down the plan before the first release."""
+    def start(self, committed: Event) -> None:
+        """Write down the plan before the first release, and what an earlier process has committed of it."""
         if self.mechanism is not None and self.config.delta is not None:
             self._plan_bounds = self._bounds(self.plan)
             points = sorted(self._log_steps)
@@ -142,7 +144,7 @@ class Report:
             self._curve = {
                 k: (lower, min(upper, ceiling)) for k, (lower, upper) in zip(points, bounds, strict=True)
             }
-        self._write_events(Repeated(self.plan, 0), "running")
+        self._write_events(committed, "running")
         settings = {**self.settings, **asdict(self.sampling), "planned_steps": self.sampling.steps}
         if self.mechanism is None:
             settings |= {"clip_norm": None, "neighboring_relation": None}
@@ -151,8 +153,18 @@ class Report:
         for tracker in self.trackers:
             tracker.start(self.sampling.steps, settings)
 
-    def step(self, step: int, trained: nn.Module, released: nn.Module, diagnostics: dict[str, float]) -> bool:
-        """Report a step. False if the weights are not finite any more, trained or averaged."""
+    def step(
+        self,
+        step: int,
+        trained: nn.Module,
+        released: nn.Module,
+        diagnostics: dict[str, float],
+        checkpoint: Checkpoint,
+    ) -> bool:
+        """Report a step. False if the weights are not finite any more, trained or averaged.
+
+        What depends on releases is shown when the checkpoint has them.
+        """
         self.steps = step
         values: dict[str, float] = {}
         if step in self._log_steps:
@@ -164,12 +176,14 @@ class Report:
                 values["privacy/clip_norm"] = self.mechanism.clipping.norm  # moved by noisy counts alone
         finite = True
         last = step == self.sampling.steps
-        if step % self._evaluate_every == 0 or last:
+        evaluated = step % self._evaluate_every == 0 or last
+        if evaluated:
             weights = [*trained.parameters(), *released.parameters()]
             finite = all(bool(torch.isfinite(p).all()) for p in weights)
             self.accuracy = accuracy(released, self.test_set) if self.test_set is not None else None
             if self.accuracy is not None:
                 values["test/accuracy"] = self.accuracy
+        checkpoint.keep(needed=evaluated or "privacy/clip_norm" in values, over=last or not finite)
         for tracker in self.trackers:
             if values:
                 tracker.scalars(step, values)

@@ -141,10 +141,16 @@ class ProgressLine:
 
 
 class TensorBoard:
-    """Writes scalars, the configuration as text, and hyperparameters to a folder for TensorBoard."""
+    """Writes scalars, the configuration as text, and hyperparameters to a folder for TensorBoard.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        folder: Where to.
+        resumed_at: The step from which an earlier process's run goes on: its points from there on are
+            replaced.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
+        self._folder, self._resumed_at = folder, resumed_at
         self._private: SummaryWriter | None = None
         self._config: Mapping[str, object] = {}
         self._tags: set[str] = set()
@@ -155,8 +161,10 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         del planned_steps  # it is in the configuration
-        self._writer = SummaryWriter(str(self._folder))
+        self._writer = SummaryWriter(str(self._folder), purge_step=self._resumed_at)
         self._config = config
+        if self._resumed_at:
+            return
         rows = "\n".join(f"| {key} | `{value}` |" for key, value in config.items() if value is not None)
         text = f"| setting | value |\n| --- | --- |\n{rows}"
         bounds = ["Multiline", ["privacy/epsilon", "privacy/epsilon_lower"]]
@@ -172,6 +180,8 @@ class TensorBoard:
         self._tags.update(values)
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
+        if values:
+            self._writer.flush()  # a killed run's later points are made again, its earlier ones are not
 
     def not_private(self, step: int, values: Scalars) -> None:
         """Write private figures under `not_private/`, to a file of mode 600 in a folder of mode 700."""
@@ -179,14 +189,17 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = self._folder / "not_private"
-            folder.mkdir(mode=0o700)
+            folder.mkdir(mode=0o700, exist_ok=True)
             before = os.umask(0o077)
+            # Of the step itself nothing is shown again: what was computed from its sample is not kept.
+            purge = None if self._resumed_at is None else self._resumed_at + 1
             try:
-                self._private = SummaryWriter(str(folder))
+                self._private = SummaryWriter(str(folder), purge_step=purge)
             finally:
                 os.umask(before)
         for tag, value in values.items():
             self._private.add_scalar(f"not_private/{tag}", value, step)
+        self._private.flush()
 
     def finish(self) -> None:
         """Write the hyperparameters, and close."""

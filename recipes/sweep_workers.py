@@ -1,7 +1,7 @@
 """Runs of a sweep in processes of their own, which end when their parent does.
 
-What a killed run had committed stays on record: its `privacy_events.json` moves to `abandoned/`, and nothing
-else of it is kept.
+A killed run goes on from its checkpoint or its answers. What one that cannot go on had committed stays on
+record: its `privacy_events.json` moves to `abandoned/`, and nothing else of it is kept.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from accounting import BudgetExceeded, UnreachableBudget, UserError
-from dpml.pate.config import PATERun
 from recipes.sweep_plan import Cell
-from recipes.trials import read_summary, run_or_reuse
+from recipes.trials import go_on, read_summary, run_or_reuse
 
 RUNS, ABANDONED = "runs", "abandoned"
 EVENTS_FILE = "privacy_events.json"
@@ -162,12 +161,7 @@ def _run(cell: Cell, output: Path) -> str | None:
     """Run a cell, or go on with it; return why it failed, if it did."""
     folder = output / RUNS / cell.name
     try:
-        if _goes_on(cell, folder):
-            from dpml.pate.trainer import run_pate
-
-            assert isinstance(cell.run, PATERun)  # noqa: S101 - only these go on
-            run_pate(cell.run, output=folder, resume=True)
-        else:
+        if go_on(cell.run, folder, label=cell.name) is None:
             set_aside(folder, output / ABANDONED)
             run_or_reuse(cell.run, folder, label=cell.name)
     except (UserError, BudgetExceeded, UnreachableBudget) as error:
@@ -175,18 +169,6 @@ def _run(cell: Cell, output: Path) -> str | None:
     except Exception as error:  # whatever it is, the other cells go on
         return _line(f"{type(error).__name__}: {error}")
     return None
-
-
-def _goes_on(cell: Cell, folder: Path) -> bool:
-    """Whether an earlier start of the cell can be resumed: it is one of PATE, and its record is whole."""
-    if not isinstance(cell.run, PATERun) or not folder.is_dir():
-        return False
-    from dpml.pate.trainer import read_run
-
-    try:
-        return read_run(folder) == cell.run
-    except UserError:
-        return False
 
 
 def set_aside(folder: Path, abandoned: Path) -> None:

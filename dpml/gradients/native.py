@@ -287,7 +287,7 @@ def _compiled(source: Path = _SOURCE) -> Path:
         raise OSError("there is no C++ compiler")
     key = hashlib.sha256(source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60)  # noqa: S603
-    key.update(version.stdout + " ".join(_FLAGS).encode() + _processor().encode())
+    key.update(version.stdout + " ".join(_FLAGS).encode() + processor().encode())
     folder = Path(pooch.os_cache("dpml")) / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     name = key.hexdigest()[:32]
@@ -306,7 +306,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
-def _processor() -> str:
+def processor() -> str:
     """What tells processors with other instructions apart: a cache may be shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -29,10 +29,8 @@ from dpml.pate.planning import PATEPlan, noise_of
 from dpml.pate.publishing import RELEASE, diagnose
 from dpml.pate.teachers import Ensemble, Progress
 from dpml.report import NO_PRIVACY, Status, TrainingResult, accuracy, summary_of
+from dpml.resuming import write_run
 from dpml.tracking import Stopwatch, Tracker
-
-CONFIG_FILE = "run.json"
-"""The configuration of a run, from which it can be resumed."""
 
 
 class PATEReport:
@@ -73,8 +71,7 @@ class PATEReport:
             "neighboring_relation": None if self.config.non_private else self.relation,
         }
         if self.folder is not None:
-            record = {"method": "pate", "config": asdict(self.config), "ledger": in_summary(receipt)}
-            self.folder.write_json(CONFIG_FILE, record)
+            write_run(self.folder, "pate", asdict(self.config), receipt)
         for tracker in self.trackers:
             tracker.start(aggregator.queries, settings)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,13 +27,13 @@ from dpml.pate.features import Features
 from dpml.pate.guesses import choose_queries
 from dpml.pate.planning import plan_run
 from dpml.pate.publishing import publish
-from dpml.pate.report import CONFIG_FILE, PATEReport
+from dpml.pate.report import PATEReport
 from dpml.pate.student import Report as Watch
 from dpml.pate.student import StudentSettings, train_student
-from dpml.paths import check_path, read_text
 from dpml.planning import accountant_for
 from dpml.randomness import Randomness
 from dpml.report import TrainingResult
+from dpml.resuming import recorded_run
 from dpml.tracking import TensorBoard, Tracker
 
 _ROUNDS = 3
@@ -72,33 +71,6 @@ def run_pate(
         test_set_is_public=data.is_public_benchmark,
         resume=resume,
     )
-
-
-def read_run(folder: str | os.PathLike[str]) -> PATERun:
-    """The configuration of a PATE run that ended early, from its output folder.
-
-    Raises:
-        UserError: if the folder holds no such run, or one that is complete.
-    """
-    path = check_path(folder, "run")
-    if not path.is_dir():
-        raise UserError(f"There is no run {str(path)!r} to go on with.")
-    try:
-        record = json.loads(read_text(path / CONFIG_FILE))
-        run = PATERun(**record["config"])
-    except OSError as error:
-        raise UserError(
-            f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE} (only PATE runs can be, so far)."
-        ) from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{str(path / CONFIG_FILE)!r} is damaged: {error!s:.100}") from error
-    try:
-        summary = json.loads(read_text(path / "summary.json"))
-    except (OSError, ValueError, RecursionError):
-        return run
-    if isinstance(summary, dict) and summary.get("status") == "completed":
-        raise UserError(f"The run {str(path)!r} is complete: there is nothing to resume.")
-    return run
 
 
 def train_pate(
@@ -211,18 +183,10 @@ def _recorded_run(folder: str | os.PathLike[str] | None) -> str | None:
     Raises:
         UserError: if the folder has lost the answers that the ledger has paid for: they would be drawn again.
     """
-    path = Path(folder or ".") / CONFIG_FILE
-    try:
-        receipt = json.loads(path.read_text(encoding="utf-8")).get("ledger")
-        run_id = None if receipt is None else str(receipt["run_id"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{str(path)!r} is damaged: {error!s:.100}") from error
-    if run_id is not None and not path.with_name(_BOOK).exists():
+    run_id = recorded_run(folder)
+    if run_id is not None and not (book := Path(folder or ".") / _BOOK).exists():
         raise UserError(
-            f"The run {run_id} of the ledger has lost its answers, {str(path.with_name(_BOOK))!r}; "
-            "start a new run."
+            f"The run {run_id} of the ledger has lost its answers, {str(book)!r}; start a new run."
         )
     return run_id
 

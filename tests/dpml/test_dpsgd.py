@@ -310,7 +310,7 @@ def _breaks(where: str) -> dict[str, Any]:
 
     if where == "loss":
         return {"train_set": Rows(), "loss": loss}
-    return {"train_set": Rows(fails_after=40)}
+    return {"train_set": Rows(fails_after=120)}
 
 
 @pytest.mark.parametrize("where", ["loss", "data"])

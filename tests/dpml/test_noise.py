@@ -110,6 +110,12 @@ def normal(u, v, second):
     return mpmath.sqrt(-2 * mpmath.log(u)) * (mpmath.sin if second else mpmath.cos)(2 * mpmath.pi * v)
 
 
+def bits_of(tape, start):
+    """The further bits of the draw whose words begin at `start`: a stream whose key comes first."""
+    key = np.array(tape.past[start : start + 4], dtype="<u8").tobytes()
+    return Randomness(key, is_secret=False)
+
+
 def test_what_float64_cannot_decide_is_decided_by_further_bits():
     """Each noisy sum lies within rounding of where the number of the grid changes."""
     count, scale = 200, 3.0
@@ -119,17 +125,18 @@ def test_what_float64_cannot_decide_is_decided_by_further_bits():
     tape = Tape()
     released = noised(near, scale, tape)
     half = count // 2
-    words, more = tape.past[:count], iter(tape.past[count:])
+    words, more = tape.past[4 : 4 + count], bits_of(tape, 0)
     pairs = {}
     plain = np.rint((near + scale * z) / grid) * grid
     with mpmath.workdps(80):
         for i in range(count):
             second, pair = divmod(i, half)
             if pair not in pairs:
-                pairs[pair] = real(words[pair], [next(more)]), real(words[half + pair], [next(more)])
+                u, v = (int(word) for word in more.words(2))
+                pairs[pair] = real(words[pair], [u]), real(words[half + pair], [v])
             exact = (near[i].item() + scale * normal(*pairs[pair], second)) / grid
             assert released[i] == float(mpmath.floor(exact + 0.5) * grid)
-    assert not list(more)
+    assert len(tape.past) == 4 + count  # further bits are no matter of the stream
     assert 20 < (released != plain).sum() < count - 20  # float64 was wrong about half of them
 
 
@@ -137,23 +144,26 @@ def test_sure_values_take_no_further_bits_and_are_right():
     values = np.random.default_rng(0).normal(size=4000) * 50
     tape = Tape()
     released = noised(values, 2.5, tape)
-    assert len(tape.past) <= 4000 + 10
+    assert len(tape.past) == 4000 + 4
     with mpmath.workdps(40):
         for i in range(0, 4000, 7):
             second, pair = divmod(i, 2000)
-            z = normal(real(tape.past[pair]), real(tape.past[2000 + pair]), second)
+            z = normal(real(tape.past[4 + pair]), real(tape.past[2004 + pair]), second)
             exact = mpmath.floor((values[i].item() + 2.5 * z) / grid_of(2.5) + 0.5) * grid_of(2.5)
             assert released[i] == float(exact)
 
 
 def test_the_tail_is_not_cut():
-    # U below 2^-116 and V below 2^-52: from their first 52 bits, 8.5 would be the end.
-    tape = Tape(0, 0, 0, 2**63)
-    [value] = noised(np.zeros(1), 1.0, tape)
+    """U below 2^-52, V below 2^-52, where a number made of their first bits alone would be 8.5 at most."""
+    tapes = [Tape(*key, 0, 0) for key in np.random.default_rng(0).integers(2**62, size=(400, 4)).tolist()]
+    values = np.array([noised(np.zeros(1), 1.0, tape)[0] for tape in tapes])
     with mpmath.workdps(80):
-        expected = normal(real(0, [0, tape.past[4]]), real(0, [2**63, tape.past[5]]), 0)
-    assert value == pytest.approx(float(expected), abs=grid_of(1.0))
-    assert value > 12.6
+        for value, tape in zip(values, tapes, strict=True):
+            u, v = (int(word) for word in bits_of(tape, 0).words(2))
+            expected = normal(real(0, [u]), real(0, [v]), 0)
+            assert value == pytest.approx(float(expected), abs=grid_of(1.0))
+    assert values.min() > 8.49
+    assert values.max() > 9
 
 
 def low_bits_tell(values):

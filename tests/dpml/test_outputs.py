@@ -40,7 +40,8 @@ def strict_json(path: Path) -> dict[str, Any]:
 def test_the_files_of_a_run(digits_run: Path) -> None:
     names = {p.name for p in digits_run.iterdir()}
     [curves] = [name for name in names if name.startswith("events.out.tfevents.")]
-    assert names - {curves} == {"summary.json", "privacy_events.json", "statement.md", "model.safetensors"}
+    written = {"summary.json", "privacy_events.json", "statement.md", "model.safetensors", "run.json"}
+    assert names - {curves} == written
     # Whoever may read the folder may read all of it: nothing is public here but for the model's reader.
     modes = {stat.S_IMODE((digits_run / name).stat().st_mode) for name in names}
     assert len(modes) == 1
@@ -236,7 +237,12 @@ cli.run()
 SMALL_DISK = """
 import resource, sys
 from dpml import cli
-resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+from dpml.tracking import TensorBoard
+start = TensorBoard.start
+def limited(*arguments):
+    start(*arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+TensorBoard.start = limited
 sys.argv[1:] = {arguments!r}
 cli.run()
 """

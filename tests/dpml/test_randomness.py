@@ -184,8 +184,22 @@ def test_a_stream_goes_on_from_its_state(before):
     for source in (Randomness.secret(), Randomness.from_seed(1, "noise")):
         source.words(before)
         state = json.loads(json.dumps(source.state()))
-        again = Randomness.from_state(state)
+        again = Randomness.secret()
+        again.restore(state)
         assert again.is_secret is source.is_secret
         for count in (1, 2, 5):
             assert np.array_equal(source.words(count), again.words(count))
         assert again.state() == source.state() != state
+
+
+def test_a_renewed_stream_tells_nothing_of_what_was_drawn():
+    source, same = Randomness.from_seed(1, "noise"), Randomness.from_seed(1, "noise")
+    drawn = source.words(100)
+    source.renew()
+    kept = source.state()
+    following = source.words(100)
+    same.words(100)
+    key = same.words(4).tobytes()
+    assert kept == {"key": key.hex(), "position": 0, "is_secret": False}
+    assert np.array_equal(Randomness(key, is_secret=False).words(100), following)
+    assert not np.intersect1d(drawn, following).size

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,7 +339,16 @@ def test_a_worker_s_death_fails_its_cell_alone_and_is_made_good_by_the_next_call
     assert runs["status"].to_list() == ["failed", "completed"]
     assert "SIGKILL" in runs["error"][0]
     assert read_summary(long) is None
+    checkpoint = long / "checkpoint" / "checkpoint.safetensors"
+    before = checkpoint.stat().st_mtime_ns
 
+    process = subprocess.Popen([*COMMAND, *words, str(folder)], stderr=subprocess.DEVNULL)
+    wait_for(lambda: checkpoint.stat().st_mtime_ns != before, "a checkpoint of the run that goes on")
+    process.kill()
+    process.wait()
+    assert not (folder / "abandoned").exists()  # it went on
+
+    shutil.rmtree(long / "checkpoint")  # now it cannot
     process = subprocess.Popen([*COMMAND, *words, str(folder)], stderr=subprocess.DEVNULL)
     wait_for(lambda: (folder / "abandoned" / "epochs-400_seed-0~1").exists(), "record of the killed run")
     workers = wait_for(lambda: children(process.pid), "worker")

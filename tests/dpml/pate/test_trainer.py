@@ -20,7 +20,8 @@ from dpml.outputs import read_events
 from dpml.pate.answers import AnswerBook, Desk, query_keys
 from dpml.pate.ensembles import train_teachers
 from dpml.pate.guesses import choose_queries
-from dpml.pate.trainer import read_run, run_pate, train_pate
+from dpml.pate.trainer import run_pate, train_pate
+from dpml.resuming import read_run
 
 QUICK = {"student": "supervised", "student_epochs": 2, "teachers": 20}
 
@@ -167,7 +168,7 @@ import sys, os, signal
 sys.path.insert(0, {here!r})
 import dpml
 from dpml.pate import answers
-from dpml.pate.trainer import run_pate, read_run
+from dpml.pate.trainer import run_pate, train_pate
 name, when, resume = {name!r}, {when!r}, {resume!r}
 original = getattr(answers.AnswerBook, name)
 calls = 0
