@@ -25,6 +25,7 @@ _NEEDED = ("recipe", "method", "dataset", "status", "private", "epsilon", "delta
 _SAME = ("noise_multiplier", "batch_size", "steps")  # beside the guarantee and the configuration
 _SEEDS = {"seed", "insecure_noise_seed", "log_not_private"}
 _WISHES = ("epsilon", "noise_multiplier", "queries")  # the settings that a line runs along
+_FIRST = ("model", "features", "teacher", "aggregator", "student")  # what tells runs apart best
 _OF_THE_GUARANTEE = {"delta", "neighboring_relation", "sampling_probability", "places"}
 
 
@@ -287,14 +288,29 @@ def _split_fields(cells: Sequence[Cell]) -> dict[tuple[Any, ...], list[str]]:
     peers: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         peers.setdefault((*_family(cell), *(cell.settings.get(name) for name in _WISHES)), []).append(cell)
-    found: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[tuple[Any, ...], list[list[Cell]]] = {}
     for members in peers.values():
-        fields = found.setdefault(_family(members[0]), [])
-        for name in sorted({name for cell in members for name in cell.settings}):
-            values = {_plain(cell.settings.get(name)) for cell in members}
-            if len(values) > 1 and name not in {*fields, *_WISHES, *_OF_THE_GUARANTEE}:
-                fields.append(name)
-    return found
+        groups.setdefault(_family(members[0]), []).append(members)
+    return {family: _telling(members) for family, members in groups.items()}
+
+
+def _telling(groups: Sequence[Sequence[Cell]]) -> list[str]:
+    """A few settings that tell the cells of each group apart, those that a reader knows first."""
+
+    def parts(names: Sequence[str]) -> int:
+        told = [
+            {tuple(_plain(cell.settings.get(name)) for name in names) for cell in cells} for cells in groups
+        ]
+        return sum(map(len, told))
+
+    known = {name for cells in groups for cell in cells for name in cell.settings}
+    others = sorted(known - {*_WISHES, *_OF_THE_GUARANTEE, *_FIRST})
+    names = [*(name for name in _FIRST if name in known), *others]
+    chosen: list[str] = []
+    for name in names:
+        if parts([*chosen, name]) > parts(chosen):
+            chosen.append(name)
+    return chosen
 
 
 def pareto(cells: Sequence[Cell]) -> list[Cell]:
