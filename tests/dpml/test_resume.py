@@ -8,7 +8,7 @@ import re
 import signal
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +243,15 @@ def test_a_stopped_run_goes_on(tmp_path: Path, uninterrupted: Path) -> None:
     check_same(folder, uninterrupted)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Where tests run in the background, nobody listens to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
     seen = []
 
@@ -389,6 +398,7 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_spent(tmp_path: Path)
     assert not (tmp_path / "a" / "privacy_events.json").exists()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_the_command(call: Any, own_data: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     line = "train dpsgd --noise-multiplier 2 --delta 1e-3 --epochs 2 --batch-size 10 --model linear --dataset"
     folder = tmp_path / "a"

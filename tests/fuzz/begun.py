@@ -16,7 +16,7 @@ class Begun(BaseException):
     """Training would begin now."""
 
 
-def _begin(report: Any) -> None:
+def _begin(report: Any, *_: object) -> None:
     plan = getattr(report.plan, "event", report.plan)
     assert isinstance(plan, Event)
     valid(plan)

@@ -252,7 +252,8 @@ def _randomness(draw: Draw) -> None:
         random = dpml.Randomness.from_seed(draw.maybe(3), draw.maybe("noise", 0.3))
     else:
         state = dpml.Randomness.from_seed(3, "noise").state()
-        random = dpml.Randomness.from_state(draw.maybe(draw.one_wrong(state)[0], 0.1))
+        random = dpml.Randomness.secret()
+        random.restore(draw.maybe(draw.one_wrong(state)[0], 0.1))
     assert type(random.is_secret) is bool
     before = random.state()["position"]
     count = draw.maybe(3)
@@ -262,7 +263,8 @@ def _randomness(draw: Draw) -> None:
     assert len(drawn) == count
     assert type(before) is int
     assert random.state()["position"] >= before + count
-    again = dpml.Randomness.from_state(random.state())
+    again = dpml.Randomness.secret()
+    again.restore(random.state())
     assert (again.words(4) == random.words(4)).all()  # not one that was used before
 
 

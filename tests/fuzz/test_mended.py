@@ -90,8 +90,8 @@ CALLS: dict[str, Any] = {
     "no randomness": lambda: dpml.GaussianNoise(1.0, np.random.default_rng(0)),
     "no numbers": lambda: dpml.Randomness.from_seed(0, "test").words(-1),  # moved the stream back
     "half a seed": lambda: dpml.Randomness.from_seed(1.5, "test"),  # was that of 1
-    "a secret text": lambda: dpml.Randomness.from_state({**RANDOM.state(), "is_secret": "false"}),
-    "no key": lambda: dpml.Randomness.from_state({**RANDOM.state(), "key": 1}),
+    "a secret text": lambda: dpml.Randomness.secret().restore({**RANDOM.state(), "is_secret": "false"}),
+    "no key": lambda: dpml.Randomness.secret().restore({**RANDOM.state(), "key": 1}),
     # Parts of a loop.
     "no decay": lambda: dpml.WeightAverage(nn.Linear(2, 2), float("nan")),
     "no divisor": lambda: dpml.set_gradients([], [], 0),

@@ -169,7 +169,7 @@ def test_mistakes_are_named(refused, tmp_path, changes, words):
 def test_labels_beyond_the_given_classes(refused, tmp_path):
     refused(lambda: load(save(tmp_path / "a.npz"), classes=2), "y_train", "label 2", "0 to 1")
     refused(lambda: load(tmp_path / "a.npz", classes=0), "classes", "at least 2", "got 0")
-    refused(lambda: load(tmp_path / "a.npz", classes=True), "classes", "got True")
+    refused(lambda: load(tmp_path / "a.npz", classes=True), "classes", "Got True")
 
 
 def test_missing_arrays_are_listed(refused, tmp_path):
