@@ -29,14 +29,13 @@ from recipes.table import COLUMNS, read_runs, summary_row, table_of
 from recipes.trials import read_summary
 
 # Ctrl-C is to be heard also where the tests run in the background.
-MAIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from dpml.cli import run; run()"
+MAIN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from dpml.cli import run
+run()
+"""
 COMMAND = [sys.executable, "-c", MAIN, "sweep", "dpsgd-digits"]
-    sys.executable,
-    "-c",
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from dpml.cli import run; run()",
-    "sweep",
-    "dpsgd-digits",
-]
 PROMISED = """
     recipe run status error method dataset private epsilon epsilon_lower delta noise_multiplier batch_size
     steps test_accuracy train_seconds examples_per_second seed
