@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
@@ -109,6 +111,14 @@ def check_instance(value: object, kind: type[_Kind], name: str, owner: str) -> _
     if isinstance(value, kind):
         return value
     raise UserError(f"The '{name}' parameter of {owner} must be a {kind.__name__}. Got {shown(value)}.")
+
+
+def check_path(value: object, name: str) -> Path:
+    """Return `value` as a path; raise UserError unless it is a text or a path without null bytes."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or "\0" in path:
+        raise UserError(f"The {name} must be a path. Got {shown(value)}.")
+    return Path(path)
 
 
 def check_relation(value: object) -> NeighboringRelation:

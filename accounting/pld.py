@@ -146,7 +146,7 @@ def _gaussian_epsilon(sigma: float, delta: float) -> float:
     if _log_gaussian_delta(sigma, 0.0) <= math.log(delta):
         return 0.0
     mu = 1 / sigma
-    high = (mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta))) * (1 + 1e-9)
+    high = (mu**2 / 2 + mu * math.sqrt(-2 * math.log(delta))) * (1 + 1e-9)
     root = optimize.brentq(
         lambda e: _log_gaussian_delta(sigma, e) - math.log(delta), 0.0, high, xtol=1e-16 * high, rtol=1e-13
     )

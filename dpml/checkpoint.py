@@ -16,6 +16,7 @@ when these are there, nothing is left of it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -39,7 +40,7 @@ from accounting import UserError
 from accounting.budget import Receipt
 from dpml.gradients import native
 from dpml.outputs import RunFolder, write_private
-from dpml.resuming import CHECKPOINT_FOLDER, EVENTS_FILE, CannotResume, write_run
+from dpml.resuming import CHECKPOINT_FOLDER, EVENTS_FILE, CannotResume, recorded_checkpoint, write_run
 from dpml.training_state import TrainingState
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -47,6 +48,7 @@ _VERSION = "1"
 _UNSEALED = "SHA-256 of this file, with these words where it stands.".ljust(64, ".")
 _PAUSE, _SHARE = 60.0, 0.01
 _SOME_RECORDS = 64
+_MOST_THREADS = 4096
 
 
 class Checkpoint:
@@ -123,11 +125,16 @@ class Checkpoint:
 
     def _begin(self, receipt: Receipt | None) -> None:
         assert self._run_folder is not None  # noqa: S101 - callers have looked
-        write_run(self._run_folder, "dpsgd", self._about["settings"], receipt)
         self._data_key = os.urandom(32)
+        write_run(self._run_folder, "dpsgd", self._about["settings"], receipt, self._name)
         self._about |= {"threads": torch.get_num_threads()}
         self._about["data"] = fingerprint(self._records, self._data_key)
         self._write(with_keys=True)
+
+    @property
+    def _name(self) -> str:
+        """What tells a run's checkpoints from those of other runs, for its record, which others may read."""
+        return hashlib.sha256(self._data_key).hexdigest()
 
     def _write(self, *, with_keys: bool) -> None:
         assert self._folder is not None  # noqa: S101 - callers have looked
@@ -142,7 +149,11 @@ class Checkpoint:
         found = read(path)
         try:
             about, self._data_key = found["about"], bytes.fromhex(found["data_key"])
+            if recorded_checkpoint(path.parent.parent) != self._name:
+                raise CannotResume(f"{str(path)!r} is not of the run in this folder; bring back its own.")
             self._about |= {"threads": about["threads"]}
+            if type(about["threads"]) is not int or not 1 <= about["threads"] <= _MOST_THREADS:
+                raise ValueError(f"{about['threads']!r:.60} threads")
             _require_same(path, about, self._about)
             self._about["data"] = fingerprint(self._records, self._data_key)
             if about["data"] != self._about["data"]:
@@ -260,6 +271,8 @@ def read(path: Path) -> Any:
         CannotResume: if the file cannot be read, is no checkpoint of this version, or is damaged.
     """
     try:
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "it is no plain file")  # a device or a pipe may have no end
         found = path.read_bytes()
         header = json.loads(found[8 : 8 + int.from_bytes(found[:8], "little")])
         metadata = header["__metadata__"]

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
-from accounting import UserError
-from accounting.events import shown
+from accounting.events import check_path
+
+__all__ = ["check_path", "read_text"]
 
 _MOST_BYTES = 50_000_000
-
-
-def check_path(value: object, name: str) -> Path:
-    """Return `value` as a path; raise UserError unless it is a text or a path without null bytes."""
-    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(path, str) or "\0" in path:
-        raise UserError(f"The {name} must be a path. Got {shown(value)}.")
-    return Path(path)
 
 
 def read_text(path: Path) -> str:

@@ -28,9 +28,16 @@ class CannotResume(UserError):
     """A run that ended early cannot be gone on with. What it has planned stays paid for."""
 
 
-def write_run(folder: RunFolder, method: str, config: Mapping[str, Any], receipt: Receipt | None) -> None:
-    """Write down the configuration of a run before it begins, and where a ledger has it."""
-    folder.write_json(CONFIG_FILE, {"method": method, "config": config, "ledger": in_summary(receipt)})
+def write_run(
+    folder: RunFolder,
+    method: str,
+    config: Mapping[str, Any],
+    receipt: Receipt | None,
+    checkpoint: str | None = None,
+) -> None:
+    """Write down a run before it begins: its configuration, where a ledger has it, what its checkpoint is."""
+    record = {"method": method, "config": config, "ledger": in_summary(receipt), "checkpoint": checkpoint}
+    folder.write_json(CONFIG_FILE, record)
 
 
 def recorded_run(folder: str | os.PathLike[str] | None) -> str | None:
@@ -39,12 +46,22 @@ def recorded_run(folder: str | os.PathLike[str] | None) -> str | None:
     Raises:
         CannotResume: if the folder's record of it is damaged.
     """
+    return _recorded(folder)[0]
+
+
+def recorded_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """What tells the checkpoint of the run in a folder from those of others; raises as `recorded_run`."""
+    return _recorded(folder)[1]
+
+
+def _recorded(folder: str | os.PathLike[str] | None) -> tuple[str | None, str | None]:
     path = Path(folder or ".") / CONFIG_FILE
     try:
-        receipt = json.loads(read_text(path)).get("ledger")
-        return None if receipt is None else str(receipt["run_id"])
+        record = json.loads(read_text(path))
+        receipt = record.get("ledger")
+        return None if receipt is None else str(receipt["run_id"]), record.get("checkpoint")
     except FileNotFoundError:
-        return None
+        return None, None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CannotResume(f"{str(path)!r} is damaged: {error!s:.100}") from error
 

@@ -86,6 +86,9 @@ class TrainingState:
         Raises:
             ValueError: if it is of another model or optimizer. The state is of no use then.
         """
+        for name, kind in (("step", int), ("mean_released", bool), ("seconds", float)):
+            if type(kept[name]) is not kind or kept[name] < 0:
+                raise ValueError(f"{name} is {kept[name]!r:.60}")
         _copy(kept["model"], self.model)
         self.optimizer.load_state_dict(kept["optimizer"])
         if self.schedule is not None:

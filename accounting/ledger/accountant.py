@@ -47,12 +47,19 @@ def data_set_of(entries: Sequence[Entry], path: Path, name: str) -> DataSet:
     return sets[name]
 
 
-def sketches_by_name(entries: Iterable[Entry], key: bytes) -> dict[str, list[Sketch]]:
-    """All fingerprints, of each data set."""
+def sketches_by_name(entries: Iterable[Entry], path: Path, key: bytes) -> dict[str, list[Sketch]]:
+    """All fingerprints, of each data set.
+
+    Raises:
+        LedgerBroken: if one cannot be opened.
+    """
     found: dict[str, list[Sketch]] = {}
     for entry in entries:
         if entry.kind == "fingerprint":
-            found.setdefault(entry.name, []).append(unseal(entry.payload["sketch"], key))
+            try:
+                found.setdefault(entry.name, []).append(unseal(entry.payload["sketch"], key))
+            except (KeyError, TypeError, ValueError) as error:
+                raise LedgerBroken(path, "it holds no fingerprint", entry.seq) from error
     return found
 
 
@@ -139,7 +146,7 @@ class LedgerAccountant(PrivacyAccountant):
         key = read_key(self.file.path)
         mine = sketch(records, key)
         with self.file.transaction(write=True) as chain:
-            sketches = sketches_by_name(chain.entries(), key)
+            sketches = sketches_by_name(chain.entries(), self.file.path, key)
             known = sketches.get(self.name, [])
             if not any(np.array_equal(mine, other) for other in known):
                 chain.append("fingerprint", self.name, sketch=seal(mine, key))

@@ -113,9 +113,15 @@ class Chain:
                 raise LedgerBroken(self._path, f"it is missing (next is {columns[0]})", number)
             if columns[-1] != previous or digest != _digest(columns) or len(digest) != len(GENESIS):
                 raise LedgerBroken(self._path, "its hash does not fit its content", number)
-            seq, time, user, host, name, run, kind, payload, _ = columns
-            found.append(Entry(seq, time, user, host, name, run, kind, json.loads(payload), digest))
+            seq, time, user, host, name, run, kind, words, _ = columns
+            try:
+                payload = _payload(words)
+            except (ValueError, RecursionError) as error:
+                raise LedgerBroken(self._path, "its payload is none that a ledger writes", number) from error
+            found.append(Entry(seq, time, user, host, name, run, kind, payload, digest))
             previous = digest
+        if not found:
+            raise LedgerBroken(self._path, "it is missing", 1)
         return found
 
     def last(self, run: str | None = None) -> tuple[int, str, str]:
@@ -211,9 +217,9 @@ class LedgerFile:
             raise LedgerBroken(self.path, str(error)) from error
 
     def _check_schema(self, base: sqlite3.Connection, write: bool) -> None:
-        """Make the tables in a new file; refuse a file of another kind or version."""
-        (tables,) = base.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-        if not tables:
+        """Make the tables in a new file; refuse a file of another kind or version, or with other triggers."""
+        schema = base.execute("SELECT type, sql FROM sqlite_master").fetchall()
+        if not schema:
             if not write:
                 raise UserError(f"The ledger {str(self.path)!r} is empty; 'dpml ledger init' fills it.")
             for statement in _SCHEMA:
@@ -230,6 +236,16 @@ class LedgerFile:
                 f"The ledger {str(self.path)!r} has schema version {version}, not {SCHEMA_VERSION}; use the "
                 "version of dpml that wrote it."
             )
+        if any(kind in ("trigger", "view") and made not in _SCHEMA for kind, made in schema):
+            raise LedgerBroken(self.path, "it has triggers or views that no ledger has")
+
+
+def _payload(words: str) -> Any:
+    """What an entry says. Raises ValueError or RecursionError unless it is JSON in the one form."""
+    payload = json.loads(words)
+    if canonical(payload) != words:
+        raise ValueError("it is in another form")
+    return payload
 
 
 def _digest(columns: list[Any]) -> str:

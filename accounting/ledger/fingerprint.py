@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from accounting.errors import UserError
+from accounting.events import shown
 
 Sketch = npt.NDArray[np.uint64]
 SIZE = 1024
@@ -56,17 +57,25 @@ def read_key(ledger: Path) -> bytes:
             pass
         finally:
             temporary.unlink()
-    key = path.read_bytes()
+    key = path.read_bytes() if path.is_file() else b""  # a device or a pipe may have no end
     if len(key) != _KEY:
         raise UserError(f"{str(path)!r} holds no key of a ledger; remove it to have a new one made.")
     return key
 
 
 def sketch(records: Iterable[bytes], key: bytes) -> Sketch:
-    """The smallest `SIZE` hashes of the distinct records, in order: uint64 [at most SIZE]."""
-    digests = b"".join(
-        hashlib.blake2b(record, digest_size=8, key=key, person=b"dpml record").digest() for record in records
-    )
+    """The smallest `SIZE` hashes of the distinct records, in order: uint64 [at most SIZE].
+
+    Raises:
+        UserError: if the records are not bytes.
+    """
+    try:
+        digests = b"".join(
+            hashlib.blake2b(record, digest_size=8, key=key, person=b"dpml record").digest()
+            for record in records
+        )
+    except (TypeError, ValueError, BufferError) as error:
+        raise UserError(f"A fingerprint is made of records as bytes. Got {shown(records)}.") from error
     return np.unique(np.frombuffer(digests, dtype="<u8").astype(np.uint64))[:SIZE]
 
 

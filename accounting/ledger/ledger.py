@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accounting.budget import PrivacyBudget
 from accounting.errors import UserError
-from accounting.events import NeighboringRelation, check_relation, shown
+from accounting.events import NeighboringRelation, check_instance, check_path, check_relation, shown
 from accounting.filter import RenyiFilter
 from accounting.ledger.accountant import LedgerAccountant, data_set_of, sketches_by_name
 from accounting.ledger.file import Chain, Entry, LedgerBroken, LedgerFile
@@ -69,7 +69,7 @@ class Ledger:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = default_path() if path is None else Path(path)
+        self.path = default_path() if path is None else check_path(path, "ledger")
         self._file = LedgerFile(self.path)
 
     # ------------------------------------------------------------ budgets
@@ -94,6 +94,8 @@ class Ledger:
             UserError: if the name is taken or impossible.
         """
         name, relation = check_name(name), check_relation(neighboring_relation)
+        check_instance(budget, PrivacyBudget, "budget", "declare")
+        check_instance(group, bool, "group", "declare")
         self._file.create(group=group)
         with self._file.transaction(write=True) as chain:
             if name in self._replayed(chain.entries(), name):
@@ -126,6 +128,7 @@ class Ledger:
                 the new ε does not cover what was spent.
         """
         name = check_name(name)
+        check_instance(despite_releases, bool, "despite_releases", "change_budget")
         with self._file.transaction(write=True) as chain:
             known = data_set_of(chain.entries(), self.path, name)
             budget = PrivacyBudget(epsilon, known.budget.delta if delta is None else delta)
@@ -200,7 +203,7 @@ class Ledger:
         """
         if not os.access(key_path(self.path), os.R_OK):
             return {}
-        sketches = sketches_by_name(self.entries(), read_key(self.path))
+        sketches = sketches_by_name(self.entries(), self.path, read_key(self.path))
         return {name: found for name in sketches if (found := alike(name, sketches))}
 
     def verify(self, head: str | None = None) -> Verified:
@@ -216,7 +219,7 @@ class Ledger:
         entries = self.entries()
         self._replayed(entries, check=True)
         rows = {entry.hash: entry.seq for entry in entries}
-        if head is not None and head not in rows:
+        if head is not None and (not isinstance(head, str) or head not in rows):
             raise LedgerBroken(
                 self.path, f"the head {shown(head)} is not on its chain: it was cut, rolled back or replaced"
             )

@@ -129,11 +129,16 @@ def clopper_pearson_epsilon(
         negatives: How many of these there were.
         delta: δ in [0, 1).
         beta: β in (0, 1).
+
+    Raises:
+        UserError: for numbers that cannot be.
     """
     for said, of in ((true_positives, positives), (false_positives, negatives)):
         check_count(of, "trials", "an audit", low=1)
-        if not 0 <= said <= of:
+        if check_count(said, "positives", "an audit") > of:
             raise UserError(f"There cannot be {said} of {of} releases.")
+    check_number(delta, "delta", "an audit", low=0, high=1, closed="left")
+    check_number(beta, "beta", "an audit", low=0, high=1)
     tpr_lower, _ = clopper_pearson(true_positives, positives, beta / 2)
     _, fpr_upper = clopper_pearson(false_positives, negatives, beta / 2)
     return rates_epsilon(tpr_lower, fpr_upper, delta)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from accounting import PrivacyAccountant, Repeated, UserError
+from accounting.events import check_instance
 from dpml import models
 from dpml.audit.bounds import gaussian_one_run_epsilon, guess_counts, one_run_epsilon, right_guesses
 from dpml.audit.canaries import Canaries, CanaryModel, watched_sgd
@@ -80,6 +81,8 @@ def audit_dpsgd(
         KeyboardInterrupt: if training is interrupted: a run that was cut short is not audited.
     """
     config = AuditConfig() if config is None else config
+    check_instance(run, DPSGDRun, "run", "audit_dpsgd")
+    check_instance(config, AuditConfig, "config", "audit_dpsgd")
     if run.non_private:
         raise UserError("A run without privacy claims no ε that could be audited; leave out non_private.")
     if config.canary == "gradient" and run.clip_quantile is not None:

@@ -20,6 +20,7 @@ from scipy.special import ndtr
 from scipy.stats import binom
 
 from accounting import Composed, Event, GNMax, GNMaxThreshold, LNMax, PrivacyAccountant, UserError
+from accounting.events import check_instance
 from dpml.audit.bounds import clopper_pearson, clopper_pearson_epsilon
 from dpml.audit.config import PATEAuditConfig
 from dpml.audit.report import AuditReport, Bound, Check
@@ -71,11 +72,14 @@ def audit_pate(
         UserError: for an aggregator without noise, or a folder that cannot be written to.
     """
     config = PATEAuditConfig() if config is None else config
+    randomness = Randomness.secret() if randomness is None else randomness
+    check_instance(aggregator, Aggregator, "aggregator", "audit_pate")
+    check_instance(config, PATEAuditConfig, "config", "audit_pate")
+    check_instance(randomness, Randomness, "randomness", "audit_pate")
     delta, draws = config.delta, config.draws
     if aggregator.answer_event is None:
         raise UserError("An aggregator without noise claims no ε that could be audited.")
     folder = None if output is None else RunFolder(output)
-    randomness = Randomness.secret() if randomness is None else randomness
     query = _one_query(aggregator.check_event, aggregator.answer_event)
     accountant = PrivacyAccountant(method="pld")
     accountant.record(query)
