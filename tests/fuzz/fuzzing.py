@@ -141,8 +141,7 @@ class Draw(random.Random):
     def mutated_json(self, data: Any) -> Any:
         """A copy with one place of it replaced, removed, or nested."""
         data = json.loads(json.dumps(data))
-        places = list(_places(data))
-        holder, key = self.choice(places)
+        holder, key = self.choice(list(places(data)))
         match self.randrange(8):
             case 0:
                 del holder[key]
@@ -162,12 +161,13 @@ class Draw(random.Random):
         return self.choice(_JSON)
 
 
-def _places(data: Any) -> Iterator[tuple[Any, Any]]:
+def places(data: Any) -> Iterator[tuple[Any, Any]]:
+    """Each place in nested dictionaries and lists: what holds it, and its key there."""
     pairs = list(data.items()) if isinstance(data, dict) else list(enumerate(data))
     for key, value in pairs:
         yield data, key
         if isinstance(value, dict | list):
-            yield from _places(value)
+            yield from places(value)
 
 
 _NUMBERS: list[Any] = [
@@ -382,8 +382,9 @@ def run_cases(chosen: Target, count: int, folder: Path, *, deadline: float = mat
 
 @contextmanager
 def _apart(folder: Path) -> Iterator[None]:
-    """With a home, a cache and a data folder that are nobody's."""
+    """With a home, a cache, a data folder and a ledger that are nobody's."""
     apart = {"HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache"), "DPML_DATA": str(folder / "data")}
+    apart["DPML_LEDGER"] = "ledger.sqlite"  # of the case's own folder, which it runs in
     before = dict(os.environ)
     os.environ.update(apart)
     try:
@@ -416,7 +417,7 @@ def shares(count: int, chosen: list[Target]) -> dict[str, int]:
 
 def load_targets() -> None:
     """Import the modules that register targets."""
-    for module in ("accounting", "dpml", "command", "files"):
+    for module in ("accounting", "dpml", "command", "files", "ledger", "checkpoint", "audit"):
         importlib.import_module(f"targets_{module}")
 
 

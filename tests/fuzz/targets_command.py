@@ -34,14 +34,19 @@ _FINDS_NOTHING: list[str] = [
 ]
 
 
-def call(words: list[str]) -> tuple[int | None, str]:
+def call(words: list[str], *, trains: bool = False) -> tuple[int | None, str]:
     """Call the command: its status, None where training would begin, and its output.
+
+    Args:
+        words: What is typed.
+        trains: Let it train.
 
     Raises:
         UserError: with the one line that a mistake got, so that it is judged as any other refusal.
     """
     out, err, status = io.StringIO(), io.StringIO(), None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), stopped_at_training():
+    until = contextlib.nullcontext() if trains else stopped_at_training()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), until:
         status = main(words)
     if status is None:
         return None, out.getvalue()
@@ -102,7 +107,7 @@ def mutated(draw: Draw, name: str, good: dict[str, str | None]) -> list[str]:
     options = [
         each for each in _command(name).params if isinstance(each, click.Option) and each.name != "output"
     ]
-    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+    for _ in range(draw.choice([1, 1, 1, 2, 3]) if options else 0):
         option = draw.choice(options)
         flag = option.opts[0]
         if flag in flags and draw.random() < 0.15:
