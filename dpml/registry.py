@@ -69,7 +69,7 @@ def recipe_entry(name: str) -> EntryPoint:
     if name not in entries:
         close = difflib.get_close_matches(name, entries, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"There is no recipe {name!r}; {hint}'dpml recipes' lists all.")
+        raise UserError(f"There is no recipe {name!r:.80}; {hint}'dpml recipes' lists all.")
     return entries[name]
 
 

@@ -29,6 +29,7 @@ from accounting.events import check_count
 from dpml.config import DPSGDRun
 from dpml.options import lists_from, typed
 from dpml.pate.config import PATERun
+from dpml.paths import check_path
 from dpml.registry import Recipe, method_of
 from recipes.sweep_plan import NO_AXES, Cell, Plan, group_of
 
@@ -64,7 +65,7 @@ def sweep(
     Raises:
         UserError: for a mistake in the arguments, or a folder with something else. Nothing is run then.
     """
-    plan = Plan.of(recipe, axes or {}, seeds=seeds, with_ceiling=with_ceiling)
+    plan = Plan.of(recipe, {} if axes is None else axes, seeds=seeds, with_ceiling=with_ceiling)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if processes is None:
         processes = min(cores, len(plan.cells))
@@ -73,7 +74,7 @@ def sweep(
 
 
 def _folder(output: str | os.PathLike[str]) -> Path:
-    path = Path(output)
+    path = check_path(output, "output folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

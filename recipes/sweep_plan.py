@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accounting import UserError
-from accounting.events import check_count
+from accounting.events import check_count, shown
 from dpml.outputs import RunFolder
 from dpml.paths import read_text
 from dpml.registry import Recipe, Run, configured, method_of, recipe_entry, recipe_run
@@ -66,7 +66,12 @@ class Plan:
         """
         configure, name = _configure(recipe), recipe if isinstance(recipe, str) else recipe.__name__
         count = check_count(seeds, "seeds", "a sweep", low=1)
-        axes = {field: list(values) for field, values in axes.items()}
+        try:
+            axes = {field: list(values) for field, values in axes.items()}
+        except (TypeError, AttributeError) as error:
+            raise UserError(
+                f"A sweep's axes are fields with a list of values each. Got {shown(axes)}."
+            ) from error
         _check_axes(axes, configure(True, None))
         cells = list(_cells(axes, count, lambda chosen: _private_run(configure, chosen)))
         if with_ceiling:
@@ -116,7 +121,7 @@ def _configure(recipe: str | Recipe) -> Callable[[bool, float | None], Run]:
         entry = recipe_entry(recipe)
         return lambda private, epsilon: recipe_run(entry, private=private, epsilon=epsilon)
     if not callable(recipe):
-        raise UserError(f"A sweep needs the name of a recipe or a function. Got {recipe!r:.80}.")
+        raise UserError(f"A sweep needs the name of a recipe or a function. Got {shown(recipe)}.")
     function = recipe
     return lambda private, epsilon: configured(function, private=private, epsilon=epsilon)
 
@@ -141,10 +146,11 @@ def _cells(
     for seed in range(seeds):
         for values in product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
+            run = replace(make(chosen), seed=seed)  # before its values become words: not all have some
             words = [
                 f"{name.replace('_', '-')}-{_word(chosen[name])}" for name in axes if len(axes[name]) > 1
             ]
-            yield Cell("_".join([*words, f"seed-{seed}"]), replace(make(chosen), seed=seed))
+            yield Cell("_".join([*words, f"seed-{seed}"]), run)
 
 
 def _private_run(configure: Callable[[bool, float | None], Run], chosen: dict[str, Any]) -> Run:

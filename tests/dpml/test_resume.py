@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import stat
 import time
@@ -371,6 +372,36 @@ def test_every_damaged_region_is_noticed(killed: Path, tmp_path: Path) -> None:
     path.write_bytes(content + b"\0")
     with pytest.raises(resuming.CannotResume, match="damaged"):
         checkpoint.read(path)
+
+
+@pytest.mark.parametrize("file", [CHECKPOINT_FILE, "run.json"])
+def test_a_checkpoint_and_a_record_of_two_runs_are_refused(killed: Path, tmp_path: Path, file: str) -> None:
+    """A twin has the same settings and records: its checkpoint would go on with noise of its own."""
+    train(tmp_path / "twin", trackers=[stop_at(7)(tmp_path / "twin")])
+    folder = Path(shutil.copytree(killed, tmp_path / "a"))
+    path = at(folder) if file == CHECKPOINT_FILE else folder / file
+    shutil.copy(tmp_path / "twin" / path.relative_to(folder), path)
+    assert "is not of the run in this folder" in refusal(folder)
+    (folder / "run.json").unlink()
+    assert "no run.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["step", "mean_released", "seconds", "threads"])
+@pytest.mark.parametrize("value", [None, -1, 1.5, "x", 10**9])
+def test_numbers_of_a_state_that_are_none(killed: Path, tmp_path: Path, name: str, value: Any) -> None:
+    folder = Path(shutil.copytree(killed, tmp_path / "a"))
+    content = checkpoint.read(at(folder))
+    part = content["about" if name == "threads" else "state"]
+    part[name] = value if (name, value) != ("seconds", 1.5) else "1.5"
+    checkpoint.write(at(folder), content)
+    refusal(folder)
+
+
+def test_a_pipe_is_no_checkpoint(killed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(killed, tmp_path / "a"))
+    at(folder).unlink()
+    os.mkfifo(at(folder))
+    assert "no plain file" in refusal(folder)  # and does not wait for a writer
 
 
 def test_a_lost_checkpoint_is_no_new_beginning(tmp_path: Path) -> None:

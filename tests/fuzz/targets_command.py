@@ -79,6 +79,17 @@ def data_folder() -> Path:
     return folder
 
 
+def commands(group: click.Command = dpml, above: str = "") -> list[str]:
+    """All commands that do something, by their words after `dpml`."""
+    if not isinstance(group, click.Group):
+        return [above]
+    context = click.Context(group)
+    parts = {name: group.get_command(context, name) for name in group.list_commands(context)}
+    return [
+        words for name, part in parts.items() if part for words in commands(part, f"{above} {name}".strip())
+    ]
+
+
 def _command(name: str) -> click.Command:
     command: click.Command = dpml
     for word in name.split():
@@ -247,8 +258,12 @@ def _others(draw: Draw) -> None:
     words = [name, *arguments, *options.get(name, [])]
     if draw.random() < 0.2:
         words.insert(draw.randrange(len(words) + 1), draw.text())
+    if draw.random() < 0.1:
+        words = [*draw.choice(commands()).split(), draw.choice(["--help", "-h", "--version", "-x"])]
     status, _ = call(words)
-    assert status != 0 or name in ("recipes", "") or "--help" in words, "nothing of this is what it should be"
+    assert status != 0 or name in ("recipes", "") or words[-1] in ("-h", "--version") or "--help" in words, (
+        "nothing of this is what it should be"
+    )
 
 
 __all__ = ["Begun", "call", "data_folder", "mutated"]

@@ -22,6 +22,7 @@ from dpml.data import from_arrays
 from dpml.gradients.engine import ClippedSum
 from dpml.planning import SamplingPlan
 from dpml.verify import verify_run
+from recipes.sweep import sweep
 
 DPSGD: dict[str, Any] = {"noise_multiplier": 1.1, "delta": 1e-5, "batch_size": 8, "epochs": 2.0}
 PATE: dict[str, Any] = {"noise_multiplier": 4.0, "delta": 1e-5, "queries": 8, "teachers": 5}
@@ -237,7 +238,8 @@ def _parts(draw: Draw) -> None:
         case 7:
             sampler = dpml.PoissonSampler(50, 0.1, random)
             noise = dpml.GaussianNoise(1.0, random)
-            parts = [sampler, dpml.Clipping(1.0), noise, dpml.BookKeepingEngine()]
+            engine = draw.choice([dpml.BookKeepingEngine, dpml.OpacusEngine])()
+            parts = [sampler, dpml.Clipping(1.0), noise, engine]
             parts[draw.randrange(4)] = draw.junk()
             mechanism = dpml.SampledGaussianMechanism(*parts)
             valid(mechanism.plan(draw.maybe(3)))
@@ -302,6 +304,22 @@ def _load(draw: Draw) -> None:
     data = dpml.load(name, classes=draw.maybe(None, 0.3), image_size=draw.maybe(None, 0.3))
     assert name == "digits"
     assert data.classes == 10
+
+
+@target("dpml: sweep", 1)
+def _sweep(draw: Draw) -> None:
+    axes = {"epsilon": [1, draw.maybe(3)], "delta": [1e-5], "epochs": draw.maybe([1], 0.2)}
+    good = {"recipe": "dpsgd-digits", "output": "sweep", "axes": axes, "seeds": 2, "processes": 1}
+    values, name = draw.one_wrong(good) if draw.random() < 0.7 else (good, "")
+    junk = values["output"]
+    if name == "recipe" and callable(values[name]):
+        return  # what somebody's own function raises is theirs
+    if isinstance(junk, str | os.PathLike) and str(junk).startswith(("/", "..")):
+        return  # write nowhere else
+    if isinstance(values["seeds"], int) and 1000 < values["seeds"] <= 10**15:
+        return  # many runs, which somebody may ask for
+    with stopped_at_training():
+        sweep(**values)
 
 
 @target("dpml: predictor, verify, names", 1)

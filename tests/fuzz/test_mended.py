@@ -34,6 +34,10 @@ from accounting import (
     tradeoff,
 )
 from accounting.events import atoms
+from accounting.ledger import Ledger
+from dpml.audit.bounds import clopper_pearson_epsilon
+from dpml.audit.dpsgd import audit_dpsgd
+from dpml.audit.pate import audit_pate
 from dpml.cli import main
 from dpml.features import cache
 from dpml.outputs import read_events
@@ -41,6 +45,7 @@ from dpml.pate.aggregation import aggregator
 from dpml.pate.answers import AnswerBook
 from dpml.paths import read_text
 from dpml.verify import verify_run
+from recipes.sweep import sweep
 
 HUGE = 10**5000
 BUDGET = PrivacyBudget(1.0, 1e-5)
@@ -109,6 +114,21 @@ CALLS: dict[str, Any] = {
     "no folder": lambda: dpml.PrivatePredictor(3),
     "no run's folder": lambda: verify_run(3),
     "no time": lambda: verify_run(".", seconds=float("nan")),
+    # The ledger, by a path or with values that are none.
+    "no path of a ledger": lambda: Ledger(3),
+    "no text of a path": lambda: Ledger("a\0b"),
+    # Audits.
+    "no run to audit": lambda: audit_dpsgd(3),
+    "no way to audit": lambda: audit_dpsgd(dpml.DPSGDRun(**DPSGD, dataset="digits"), 3),
+    "no aggregator": lambda: audit_pate(3),
+    "no releases": lambda: clopper_pearson_epsilon("a", 5, 1, 5, 1e-5, 0.1),
+    "no beta of an audit": lambda: clopper_pearson_epsilon(1, 5, 1, 5, 1e-5, (0.1,)),
+    # Sweeps.
+    "no folder for a sweep": lambda: sweep("dpsgd-digits", {}),
+    "no axes": lambda: sweep("dpsgd-digits", "out", "epsilon"),
+    "an axis of no values": lambda: sweep("dpsgd-digits", "out", {"epsilon": 3}),
+    "a huge axis": lambda: sweep("dpsgd-digits", "out", {"epsilon": [1, HUGE], "delta": [1e-5]}),
+    "a recipe of 5000 characters": lambda: sweep("x" * 5000, "out"),
 }
 
 
@@ -163,6 +183,13 @@ def test_a_book_without_its_columns(tmp_path: Path) -> None:
         base.commit()
     with pytest.raises((UserError, OSError), match="no such column"):
         AnswerBook(tmp_path / "book", by)
+
+
+def test_a_delta_below_all_normal_floats() -> None:
+    accountant = PrivacyAccountant()
+    accountant.record(Gaussian(1.0))
+    low, high = accountant.epsilon_bounds(5e-324)  # once: no convergence
+    assert 38.0 < low <= high < 39.1  # μ²/2 + μ·√(2·log(1/δ)) is above it
 
 
 @pytest.mark.parametrize("words", [["verify", "a\0b"], ["train", "dpsgd", "--epochs", "x" * 5000]])

@@ -1,5 +1,6 @@
 """The chain of entries: every change is noticed, by the entry; a cut or an older copy, by a head."""
 
+import os
 import shutil
 import sqlite3
 import stat
@@ -12,6 +13,7 @@ import pytest
 from accounting import Gaussian, PoissonSampled, PrivacyBudget, Repeated, UserError
 from accounting.ledger import Ledger, LedgerBroken
 from accounting.ledger.file import Chain, LedgerFile, _digest, canonical
+from accounting.ledger.fingerprint import key_path
 
 STEP = PoissonSampled(Gaussian(1.1), 0.01)
 PLAN = Repeated(STEP, 500)
@@ -254,3 +256,69 @@ def test_a_lease_that_fails_releases_nothing_and_the_run_counts(
     run = list(used.data_set("patients").runs.values())[-1]
     assert run.counted == PLAN
     assert run.status == "running"
+
+
+# ---------------------------------------------------------------- found by fuzzing
+
+
+@pytest.mark.parametrize("words", ['{"leased": [NaN]}', '{"a": 1}', "[" * 5000, "1" * 5000, ""])
+def test_a_payload_that_no_ledger_writes(used: Ledger, words: str) -> None:
+    with closing(sqlite3.connect(used.path)) as base:
+        columns = list(base.execute("SELECT * FROM entries ORDER BY seq DESC").fetchone())
+    columns[7] = words
+    changed = (words, _digest(columns[:-1]))
+    tamper(used, "UPDATE entries SET payload = ?, hash = ? WHERE seq = 9", values=changed)
+    with pytest.raises(LedgerBroken, match="row 9: its payload is none that a ledger writes"):
+        used.entries()
+
+
+def test_a_ledger_whose_entries_are_all_gone(used: Ledger) -> None:
+    tamper(used, "DELETE FROM entries")
+    with pytest.raises(LedgerBroken, match="row 1: it is missing"):
+        used.verify()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TRIGGER odd BEFORE INSERT ON entries WHEN new.kind = 'lease' BEGIN SELECT RAISE(IGNORE); END",
+        "CREATE VIEW odd AS SELECT * FROM entries",
+    ],
+)
+def test_triggers_that_would_forget_are_refused(used: Ledger, statement: str) -> None:
+    reservation = used.accountant("patients").reserve(PLAN)
+    with closing(sqlite3.connect(used.path)) as base:
+        base.execute(statement)
+    with pytest.raises(LedgerBroken, match="triggers or views"):
+        reservation.commit()
+    assert reservation.committed == 0
+
+
+def test_a_fingerprint_that_is_none(used: Ledger) -> None:
+    used.accountant("patients").look_alikes([b"a"])
+    rewrite(used, 10, {"sketch": "no hexadecimal"})
+    with pytest.raises(LedgerBroken, match="row 10: it holds no fingerprint"):
+        used.look_alikes()
+
+
+def test_a_key_that_is_a_pipe(used: Ledger) -> None:
+    os.mkfifo(key_path(used.path))
+    with pytest.raises(UserError, match="holds no key"):  # and does not wait for a writer
+        used.accountant("patients").look_alikes([b"a"])
+
+
+@pytest.mark.parametrize("records", [3, ["text"], [object()], ...])
+def test_records_that_are_no_bytes(used: Ledger, records: Any) -> None:
+    with pytest.raises(UserError, match="records as bytes"):
+        used.accountant("patients").look_alikes(records)
+
+
+def test_only_true_changes_a_budget_after_a_release(used: Ledger) -> None:
+    with pytest.raises(UserError, match="despite_releases"):
+        used.change_budget("patients", 9.0, despite_releases="false")  # type: ignore[arg-type]
+    assert used.data_set("patients").budget == PrivacyBudget(3.0, 1e-5)
+    for head in (["a"], 3, {}):
+        with pytest.raises(LedgerBroken, match="not on its chain"):
+            used.verify(head)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="budget"):
+        used.declare("new", (1.0, 1e-5))  # type: ignore[arg-type]
