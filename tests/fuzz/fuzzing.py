@@ -7,27 +7,34 @@ with one clear line; a traceback, a warning, a hang, much memory or a failed ass
 
     DPML_FUZZ=20000 python -m pytest tests/fuzz          # as a test
     python tests/fuzz/fuzzing.py 20000 [TARGET...]       # all findings, and a table of what ran
+    python tests/fuzz/fuzzing.py 20000 --output docs/results/fuzz.json
 """
 
 from __future__ import annotations
 
+import argparse
+import atexit
 import contextlib
 import importlib
 import json
 import math
 import os
+import platform
 import random
 import resource
+import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +47,8 @@ SECONDS = 10.0
 _WALL = 60.0
 _MEGABYTES = 1500
 """Growth of the peak memory in one case that counts as an explosion."""
+_PACKAGES = ("dpml", "numpy", "scipy", "torch", "safetensors", "click", "polars")
+"""Whose versions the results name."""
 
 Run = Callable[["Draw"], None]
 
@@ -279,6 +288,13 @@ _JSON: list[Any] = [
 ]
 
 
+def kept_folder() -> Path:
+    """A folder for what many cases copy or read. It goes when Python ends."""
+    folder = Path(tempfile.mkdtemp(prefix="dpml-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 # ---------------------------------------------------------------- judgement
 
 
@@ -318,8 +334,12 @@ class Tally:
     findings: dict[str, list[str]] = field(default_factory=dict)
 
     @property
+    def bad(self) -> int:
+        return sum(map(len, self.findings.values()))
+
+    @property
     def cases(self) -> int:
-        return self.accepted + self.refused + sum(map(len, self.findings.values()))
+        return self.accepted + self.refused + self.bad
 
 
 def run_case(chosen: Target, number: int, folder: Path) -> str:
@@ -357,14 +377,12 @@ def _no_longer_than(seconds: float) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_cases(chosen: Target, count: int, folder: Path, *, deadline: float = math.inf) -> Tally:
+def run_cases(chosen: Target, count: int, folder: Path) -> Tally:
     """Run the first `count` cases of a target, and collect all findings by kind."""
     tally = Tally()
     started = time.monotonic()
     with _apart(folder):
         for number in range(count):
-            if time.monotonic() > deadline:
-                break
             place = folder / "case"
             place.mkdir()
             try:
@@ -376,7 +394,7 @@ def run_cases(chosen: Target, count: int, folder: Path, *, deadline: float = mat
                 tally.accepted += outcome == "accepted"
                 tally.refused += outcome == "refused"
             shutil.rmtree(place)
-    tally.seconds = time.monotonic() - started
+    tally.seconds = round(time.monotonic() - started, 1)
     return tally
 
 
@@ -423,28 +441,45 @@ def load_targets() -> None:
 
 def main(words: list[str]) -> int:
     """Run many cases of all targets or some, and print all findings and a table."""
-    import tempfile
-
+    parser = argparse.ArgumentParser(description="Fuzz every entry point.")
+    parser.add_argument("count", type=int, nargs="?", default=2000, help="Cases in all.")
+    parser.add_argument("names", nargs="*", help="Targets, by the beginnings of their names; by default all.")
+    parser.add_argument("--output", type=Path, help="A file for the results, as JSON.")
+    asked = parser.parse_args(words)
     load_targets()
-    count, *names = words or ["2000"]
-    chosen = [each for each in TARGETS.values() if not names or any(each.name.startswith(n) for n in names)]
-    budget = float(os.environ.get("DPML_FUZZ_SECONDS", "inf"))
-    started, found, total = time.monotonic(), Counter[str](), 0
+    chosen = [
+        each for each in TARGETS.values() if not asked.names or each.name.startswith(tuple(asked.names))
+    ]
+    tallies, started = {}, time.monotonic()
     print(f"{'target':<34}{'cases':>7}{'accepted':>10}{'refused':>9}{'findings':>10}{'seconds':>9}")
     with tempfile.TemporaryDirectory() as folder:
-        for name, cases in shares(int(count), chosen).items():
-            tally = run_cases(TARGETS[name], cases, Path(folder), deadline=started + budget)
-            bad = sum(map(len, tally.findings.values()))
+        for name, cases in shares(asked.count, chosen).items():
+            tallies[name] = tally = run_cases(TARGETS[name], cases, Path(folder))
             print(
-                f"{name:<34}{tally.cases:>7}{tally.accepted:>10}{tally.refused:>9}{bad:>10}{tally.seconds:>9.1f}",
+                f"{name:<34}{tally.cases:>7}{tally.accepted:>10}{tally.refused:>9}{tally.bad:>10}"
+                f"{tally.seconds:>9.1f}",
                 flush=True,
             )
             for kind, examples in tally.findings.items():
-                found[kind] += len(examples)
                 print(f"    {len(examples)} × {kind}\n        {examples[0]}", flush=True)
-            total += tally.cases
-    print(f"{total} cases, {sum(found.values())} findings, {time.monotonic() - started:.0f} s")
-    return 1 if found else 0
+    cases, bad = sum(t.cases for t in tallies.values()), sum(t.bad for t in tallies.values())
+    seconds = time.monotonic() - started
+    print(f"{cases} cases, {bad} findings, {seconds:.0f} s")
+    if asked.output is not None:
+        record = {
+            "command": shlex.join(["python", "tests/fuzz/fuzzing.py", *words]),
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            "cases": cases,
+            "findings": bad,
+            "seconds": round(seconds, 1),
+            "targets": {
+                name: {"share": TARGETS[name].share, "cases": t.cases, **asdict(t)}
+                for name, t in tallies.items()
+            },
+        }
+        asked.output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from begun import stopped_at_training
 from fuzzing import Draw, naming, target
-from targets_command import call, data_folder, mutated
+from targets_command import call, mutated, own_file
 
 import dpml
 from dpml.audit import bounds
@@ -35,7 +35,7 @@ def _valid_report(report: AuditReport) -> None:
     assert report.verdict in report.text()
 
 
-@target("audit: configurations", 1.5)
+@target("audit: configurations", 5)
 def _configs(draw: Draw) -> None:
     kind, good = draw.choice([(AuditConfig, _HOW), (PATEAuditConfig, _HOW_PATE)])
     values, name = draw.one_wrong(good)
@@ -45,7 +45,7 @@ def _configs(draw: Draw) -> None:
     assert all(type(value) in (int, float, str) for value in vars(config).values())
 
 
-@target("audit: bounds", 2)
+@target("audit: bounds", 5)
 def _bounds(draw: Draw) -> None:
     guesses = {"canaries": 100, "guesses": 50, "correct": 45}
     calls: list[tuple[Any, dict[str, Any]]] = [
@@ -67,10 +67,10 @@ def _bounds(draw: Draw) -> None:
     assert 0 <= found <= math.inf
 
 
-@target("audit: audit_dpsgd", 1)
+@target("audit: audit_dpsgd", 2)
 def _dpsgd(draw: Draw) -> None:
     """An audit of an odd run begins, or is refused."""
-    run = {"dataset": str(data_folder() / "own.npz"), "noise_multiplier": 2.0, "delta": 1e-3, "batch_size": 8}
+    run = {"dataset": own_file(), "noise_multiplier": 2.0, "delta": 1e-3, "batch_size": 8}
     name = draw.choice([*dpml.DPSGDRun.__dataclass_fields__])
     if name not in ("dataset", "device", "workers") and draw.random() < 0.5:
         run[name] = draw.junk()
@@ -94,11 +94,11 @@ def _pate(draw: Draw) -> None:
     _valid_report(audit_pate(made, draw.maybe(config, 0.1), randomness=draw.maybe(randomness, 0.1)))
 
 
-@target("audit: a run, to its end", 0.3)
+@target("audit: a run, to its end", 0.2)
 def _whole(draw: Draw) -> None:
     """An honest run is not contradicted, whatever it is like."""
     run = dpml.DPSGDRun(
-        dataset=str(data_folder() / "own.npz"),
+        dataset=own_file(),
         noise_multiplier=draw.choice([0.3, 1.0, 5.0]),
         delta=draw.choice([1e-3, 1e-9, 0.3]),
         batch_size=draw.choice([1, 8, 40]),
@@ -116,7 +116,7 @@ def _whole(draw: Draw) -> None:
 
 @target("command: audit dpsgd", 1)
 def _audit_dpsgd(draw: Draw) -> None:
-    good: dict[str, str | None] = {"--dataset": str(data_folder() / "own.npz"), "--noise-multiplier": "2"}
+    good: dict[str, str | None] = {"--dataset": own_file(), "--noise-multiplier": "2"}
     good |= {"--delta": "1e-3", "--batch-size": "8", "--canaries": "64", "--output": "audit"}
     call(mutated(draw, "audit dpsgd", good))
 

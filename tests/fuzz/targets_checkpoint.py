@@ -6,15 +6,14 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from fuzzing import Draw, places, target
-from targets_command import call, data_folder
+from fuzzing import Draw, kept_folder, places, target
+from targets_command import call, own_file
 from targets_files import write_mutated
 
 import dpml
@@ -41,9 +40,9 @@ class _Stop(ProgressLine):
 @functools.cache
 def _stopped() -> Path:
     """A folder of runs that were stopped: `one` and its twin, two that a ledger pays for, another one."""
-    folder = Path(tempfile.mkdtemp(prefix="dpml-fuzz-"))
+    folder = kept_folder()
     Ledger(folder / _LEDGER).declare("a", PrivacyBudget(9.0, 1e-2))
-    common: dict[str, Any] = {"dataset": str(data_folder() / "own.npz"), "batch_size": 8, "epochs": 2.0}
+    common: dict[str, Any] = {"dataset": own_file(), "batch_size": 8, "epochs": 2.0}
     common |= {"noise_multiplier": 4.0, "delta": 1e-3, "accountant": "rdp", "model": "linear"}
     paid = {"ledger": "a", "accountant": "pld"}
     runs = {"one": {}, "twin": {}, "paid": paid, "paid-twin": paid, "other": {"learning_rate": 0.3}}
@@ -58,7 +57,7 @@ def _stopped() -> Path:
 @functools.cache
 def _resumed(name: str) -> tuple[bytes, Any]:
     """The weights and the events of a run that went on unharmed."""
-    folder = Path(shutil.copytree(_stopped(), Path(tempfile.mkdtemp(prefix="dpml-fuzz-")) / "whole"))
+    folder = Path(shutil.copytree(_stopped(), kept_folder() / "whole"))
     with mock.patch.dict(os.environ, DPML_LEDGER=str(folder / _LEDGER)):
         assert call(["resume", str(folder / name)], trains=True)[0] == 0
     return _told(folder / name)

@@ -7,14 +7,13 @@ import functools
 import io
 import json
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from begun import Begun, stopped_at_training
-from fuzzing import Draw, target
+from begun import stopped_at_training
+from fuzzing import Draw, kept_folder, target
 
 from accounting import UserError
 from dpml.cli import dpml, main
@@ -69,7 +68,7 @@ def call(words: list[str], *, trains: bool = False) -> tuple[int | None, str]:
 @functools.cache
 def data_folder() -> Path:
     """Small valid files for all cases: they are read, and never written."""
-    folder = Path(tempfile.mkdtemp(prefix="dpml-fuzz-"))
+    folder = kept_folder()
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
     for split, n in (("train", 40), ("test", 20)):
@@ -77,6 +76,11 @@ def data_folder() -> Path:
         arrays |= {f"x_{split}": x, f"y_{split}": (x[:, 0] > 0).astype("i8")}
     np.savez(folder / "own.npz", **arrays, x=arrays["x_test"], y=arrays["y_test"], x_public=arrays["x_test"])
     return folder
+
+
+def own_file() -> str:
+    """A data set of 40 records, two classes of four numbers."""
+    return str(data_folder() / "own.npz")
 
 
 def commands(group: click.Command = dpml, above: str = "") -> list[str]:
@@ -137,10 +141,6 @@ def mutated(draw: Draw, name: str, good: dict[str, str | None]) -> list[str]:
     return words
 
 
-def _own() -> str:
-    return str(data_folder() / "own.npz")
-
-
 _PLAN: dict[str, str | None] = {
     "--examples": "1000",
     "--batch-size": "50",
@@ -198,20 +198,20 @@ def _pate(draw: Draw) -> None:
 
 @target("command: train dpsgd", 3)
 def _train_dpsgd(draw: Draw) -> None:
-    good = {"--dataset": _own(), **_WISH, "--batch-size": "8", "--epochs": "2", "--output": "run"}
+    good = {"--dataset": own_file(), **_WISH, "--batch-size": "8", "--epochs": "2", "--output": "run"}
     call(mutated(draw, "train dpsgd", {**good, "--no-cache": None, "--accountant": "rdp"}))
 
 
 @target("command: train pate", 2)
 def _train_pate(draw: Draw) -> None:
-    good = {"--dataset": _own(), **_WISH, "--teachers": "5", "--queries": "5", "--output": "run"}
+    good = {"--dataset": own_file(), **_WISH, "--teachers": "5", "--queries": "5", "--output": "run"}
     call(mutated(draw, "train pate", {**good, "--no-cache": None, "--accountant": "rdp"}))
 
 
 @target("command: sweep", 1)
 def _sweep(draw: Draw) -> None:
     good = {
-        "--dataset": _own(),
+        "--dataset": own_file(),
         **_WISH,
         "--epochs": "1,2",
         "--output": "out",
@@ -231,7 +231,7 @@ def _tune(draw: Draw) -> None:
         **_WISH,
         "--learning-rate": "0.1,0.5",
         "--output": "out",
-        "--dataset": _own(),
+        "--dataset": own_file(),
         "--batch-size": "8",
     }
     words = mutated(draw, "tune", {**good, "--epochs": "1", "--model": "mlp"})
@@ -241,12 +241,12 @@ def _tune(draw: Draw) -> None:
 
 @target("command: the others", 2)
 def _others(draw: Draw) -> None:
-    path = draw.choice([*_FINDS_NOTHING, draw.text(), str(data_folder()), _own(), "/etc/passwd"])
+    path = draw.choice([*_FINDS_NOTHING, draw.text(), str(data_folder()), own_file(), "/etc/passwd"])
     name = draw.choice(["resume", "predict", "account", "recipes", "chart", "verify", "ledger", "audit", ""])
     options: dict[str, list[str]] = {
         "predict": [
             "--inputs",
-            draw.choice([path, _own()]),
+            draw.choice([path, own_file()]),
             "--epsilon",
             str(draw.choice([1.0, -1, math.nan])),
         ],
@@ -264,6 +264,3 @@ def _others(draw: Draw) -> None:
     assert status != 0 or name in ("recipes", "") or words[-1] in ("-h", "--version") or "--help" in words, (
         "nothing of this is what it should be"
     )
-
-
-__all__ = ["Begun", "call", "data_folder", "mutated"]

@@ -57,7 +57,7 @@ def valid_config(config: Any) -> None:
         assert 0 < config.delta < 1
 
 
-@target("dpml: configurations", 4)
+@target("dpml: configurations", 12)
 def _configs(draw: Draw) -> None:
     kind, good = draw.choice(_CONFIGS)
     names = [field.name for field in fields(kind)]
@@ -144,7 +144,7 @@ def _train_dpsgd(draw: Draw) -> None:
         dpml.train_dpsgd(**good)
 
 
-@target("dpml: train_pate", 2)
+@target("dpml: train_pate", 4)
 def _train_pate(draw: Draw) -> None:
     good: dict[str, Any] = {
         "train_set": _some_data(draw),
@@ -165,7 +165,7 @@ def _train_pate(draw: Draw) -> None:
         dpml.train_pate(**good)
 
 
-@target("dpml: run_dpsgd, run_pate", 1.5)
+@target("dpml: run_dpsgd, run_pate", 2)
 def _runs(draw: Draw) -> None:
     kind, good, run = draw.choice(
         [(dpml.DPSGDRun, DPSGD, dpml.run_dpsgd), (dpml.PATERun, PATE, dpml.run_pate)]
@@ -176,7 +176,7 @@ def _runs(draw: Draw) -> None:
         run(draw.maybe(config, 0.1))
 
 
-@target("dpml: sampling plan", 1)
+@target("dpml: sampling plan", 4)
 def _plan(draw: Draw) -> None:
     good = {"examples": 100, "batch_size": 10, "epochs": 2.0}
     good |= {"sampling_probability": None, "neighboring_relation": None}
@@ -189,7 +189,7 @@ def _plan(draw: Draw) -> None:
     valid(plan.event(1.1))
 
 
-@target("dpml: parts of a loop", 3)
+@target("dpml: parts of a loop", 6)
 def _parts(draw: Draw) -> None:
     random = dpml.Randomness.from_seed(0, "test")
     match draw.randrange(9):
@@ -248,7 +248,7 @@ def _parts(draw: Draw) -> None:
             assert isinstance(model, nn.Module)
 
 
-@target("dpml: randomness", 1.5)
+@target("dpml: randomness", 4)
 def _randomness(draw: Draw) -> None:
     if draw.random() < 0.5:
         random = dpml.Randomness.from_seed(draw.maybe(3), draw.maybe("noise", 0.3))
@@ -270,7 +270,7 @@ def _randomness(draw: Draw) -> None:
     assert (again.words(4) == random.words(4)).all()  # not one that was used before
 
 
-@target("dpml: from_arrays", 2)
+@target("dpml: from_arrays", 6)
 def _arrays(draw: Draw) -> None:
     rng = np.random.default_rng(0)
     good: dict[str, Any] = {
@@ -322,7 +322,7 @@ def _sweep(draw: Draw) -> None:
         sweep(**values)
 
 
-@target("dpml: predictor, verify, names", 1)
+@target("dpml: predictor, verify, names", 2)
 def _folders(draw: Draw) -> None:
     match draw.randrange(3):
         case 0:

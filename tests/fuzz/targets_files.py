@@ -12,7 +12,6 @@ import shutil
 import sqlite3
 import struct
 import tarfile
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from fuzzing import Draw, target
+from fuzzing import Draw, kept_folder, target
 from PIL import Image
 from targets_accounting import valid
-from targets_command import call, data_folder
+from targets_command import call, data_folder, own_file
 
 import dpml
 from accounting import Event, PrivacyAccountant, UserError
@@ -72,23 +71,11 @@ def _npz(draw: Draw) -> None:
     if draw.random() < 0.7:
         _valid_data(dpml.load(path))
     else:
-        call(
-            [
-                "train",
-                "dpsgd",
-                "--dataset",
-                str(path),
-                "--noise-multiplier",
-                "1",
-                "--delta",
-                "1e-5",
-                "--output",
-                "r",
-            ]
-        )
+        words = "train dpsgd --noise-multiplier 1 --delta 1e-5 --output r --dataset"
+        call([*words.split(), str(path)])
 
 
-@target("file: npz, headers", 1.5)
+@target("file: npz, headers", 4)
 def _npz_headers(draw: Draw) -> None:
     """Arrays whose header says something else than what follows: huge shapes, objects, odd types."""
     shape = draw.choice(
@@ -137,7 +124,7 @@ def _images(draw: Draw) -> None:
     _valid_data(dpml.load(draw.folder, image_size=draw.choice([None, None, (4, 4), (-1, 4), "x"])))
 
 
-@target("file: IDX, CIFAR, archives", 1.5)
+@target("file: IDX, CIFAR, archives", 5)
 def _official(draw: Draw) -> None:
     images = bytes((0, 0, 8, 3)) + struct.pack(">3I", 2, 3, 3) + bytes(18)
     labels = bytes((0, 0, 8, 1)) + struct.pack(">I", 2) + bytes(2)
@@ -172,10 +159,10 @@ def _official(draw: Draw) -> None:
 @functools.cache
 def run_folder(method: str) -> Path:
     """A finished run of each method, on digits or small data. Copied before it is changed."""
-    folder = Path(tempfile.mkdtemp(prefix="dpml-fuzz-")) / method
+    folder = kept_folder() / method
     if method == "dpsgd":
         run: Any = dpml.DPSGDRun(
-            dataset=str(data_folder() / "own.npz"),
+            dataset=own_file(),
             epsilon=3.0,
             delta=1e-3,
             epochs=2,
@@ -185,21 +172,17 @@ def run_folder(method: str) -> Path:
         dpml.run_dpsgd(run, output=folder)
     else:
         run = dpml.PATERun(
-            **{
-                "dataset": "digits",
-                "epsilon": 3.0,
-                "delta": 1e-3,
-                "teachers": 5,
-                "queries": 20,
-                "teacher": "linear",
-            },
-            **{
-                "student_epochs": 1,
-                "student_width": 2,
-                "no_cache": True,
-                "features": "values",
-                "accountant": "rdp",
-            },
+            dataset="digits",
+            epsilon=3.0,
+            delta=1e-3,
+            teachers=5,
+            queries=20,
+            teacher="linear",
+            student_epochs=1,
+            student_width=2,
+            no_cache=True,
+            features="values",
+            accountant="rdp",
         )
         dpml.run_pate(run, output=folder)
     return folder
@@ -331,36 +314,16 @@ def _tables(draw: Draw) -> None:
 
 @target("file: a tuning state", 1)
 def _state(draw: Draw) -> None:
-    words = "tune dpsgd-digits --output out --epsilon 3 --delta 1e-3 --learning-rate 0.1,0.2 --epochs 1"
-    words += " --model mlp"
-    call(
-        [
-            *words.split(),
-            "--accountant",
-            "rdp",
-            "--dataset",
-            str(data_folder() / "own.npz"),
-            "--batch-size",
-            "8",
-        ]
-    )
+    line = "tune dpsgd-digits --output out --epsilon 3 --delta 1e-3 --learning-rate 0.1,0.2 --epochs 1"
+    words = [*f"{line} --model mlp --accountant rdp --batch-size 8 --dataset".split(), own_file()]
+    call(words)
     state = next(iter(Path("out").rglob("state.json")), None)
     assert state is not None
     write_mutated(draw, state)
-    call(
-        [
-            *words.split(),
-            "--accountant",
-            "rdp",
-            "--dataset",
-            str(data_folder() / "own.npz"),
-            "--batch-size",
-            "8",
-        ]
-    )
+    call(words)
 
 
-@target("file: caches", 1.5)
+@target("file: caches", 3)
 def _caches(draw: Draw) -> None:
     """A cache that is damaged is none."""
     if draw.random() < 0.5:

@@ -8,16 +8,15 @@ import hashlib
 import json
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fuzzing import REFUSALS, Draw, target
+from fuzzing import REFUSALS, Draw, kept_folder, target
 from targets_accounting import valid_epsilon
-from targets_command import call, data_folder, mutated
+from targets_command import call, mutated, own_file
 from targets_files import write_mutated
 
 from accounting import Gaussian, PoissonSampled, PrivacyBudget, Repeated
@@ -35,7 +34,7 @@ _COLUMNS = ["seq", "time", "user", "host", "name", "run", "kind", "payload", "pr
 @functools.cache
 def _whole() -> Path:
     """A ledger of two data sets, whose runs are closed, running and dead. Copied before it is changed."""
-    folder = Path(tempfile.mkdtemp(prefix="dpml-fuzz-"))
+    folder = kept_folder()
     ledger = Ledger(folder / _FILE)
     for name in ("a", "b"):
         ledger.declare(name, _BUDGET)
@@ -90,7 +89,7 @@ def _nothing_forgotten(path: Path) -> Iterator[Ledger]:
 # ---------------------------------------------------------------- Python
 
 
-@target("ledger: Python API", 3)
+@target("ledger: Python API", 4)
 def _api(draw: Draw) -> None:
     with _nothing_forgotten(_copied(draw)) as ledger:
         name = draw.maybe("a", 0.3)
@@ -157,7 +156,7 @@ _FLAGS: dict[str, dict[str, str | None]] = {
 }
 
 
-@target("ledger: commands", 3)
+@target("ledger: commands", 4)
 def _commands(draw: Draw) -> None:
     with _nothing_forgotten(_copied(draw)):
         name = draw.choice(sorted(_FLAGS))
@@ -179,7 +178,7 @@ def _no_number(word: str) -> None:
 def _paid(draw: Draw) -> None:
     """A run that its data set's budget pays for begins, or is refused; there is no third thing."""
     with _nothing_forgotten(_copied(draw)):
-        good = {"--dataset": str(data_folder() / "own.npz"), "--ledger": "a", "--delta": "1e-5"}
+        good = {"--dataset": own_file(), "--ledger": "a", "--delta": "1e-5"}
         good |= {"--noise-multiplier": "9", "--batch-size": "8", "--epochs": "2", "--output": "run"}
         call(mutated(draw, "train dpsgd", good))
 
@@ -219,14 +218,14 @@ def _asked(draw: Draw) -> None:
         *("ledger show", "ledger show --json", "ledger show a", "ledger verify", "ledger export --csv"),
         *("ledger export", "ledger init new --epsilon 1 --delta 1e-5", "ledger budget free --epsilon 2"),
         *("ledger budget a --epsilon 9 --despite-releases", " ".join(close)),
-        f"{train} {data_folder() / 'own.npz'} --ledger a",
+        f"{train} {own_file()} --ledger a",
     ]
     _, out = call(draw.choice(lines).split())
     if out.startswith("["):
         json.loads(out, parse_constant=_no_number)
 
 
-@target("file: a ledger, bytes", 4)
+@target("file: a ledger, bytes", 5)
 def _bytes(draw: Draw) -> None:
     path = _copied(draw)
     write_mutated(draw, draw.choice([path, path, path, path.with_name(f"{_FILE}.key")]))
@@ -250,7 +249,7 @@ _CHANGES = [
 ]
 
 
-@target("file: a ledger, edited", 3)
+@target("file: a ledger, edited", 4)
 def _edited(draw: Draw) -> None:
     """Rows and schema are changed by SQL; the chain is not made good."""
     path = _copied(draw)
@@ -268,7 +267,7 @@ def _edited(draw: Draw) -> None:
         _asked(draw)
 
 
-@target("file: a ledger, forged", 4)
+@target("file: a ledger, forged", 5)
 def _forged(draw: Draw) -> None:
     """Entries are changed, and all hashes made anew: what adds up is within its budget, the rest refused."""
     path = _copied(draw)
