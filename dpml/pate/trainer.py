@@ -135,8 +135,11 @@ def train_pate(
     with reserved(accountant, plan.event, _recorded_run(output) if resume else None) as reservation:
         relation = accountant.neighboring_relation
         report = PATEReport(config, plan, folder, trackers, test_set, relation, name, test_set_is_public)
-        report.start(reservation.receipt)
+        receipt = reservation.receipt
+        report.start(receipt)
         about = {"teachers": teacher_settings(config), "data": name}
+        if receipt is not None:  # what one run has released, no other can go on to pay for
+            about["run"] = receipt.run_id
         book = AnswerBook(":memory:" if folder is None else folder.path / _BOOK, plan.aggregator, about)
         if not config.non_private:
             commit_again(reservation, book)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,26 @@ def test_a_pate_run_goes_on_in_the_ledger(
     summary = summary_of(tmp_path / "a")
     assert summary["ledger"]["head"] == ledger.verify().head == ledger.entries()[-1].hash
     assert summary["ledger"]["run_id"] == run.run_id
+
+
+def test_no_other_run_pays_for_the_answers_of_a_pate_run(
+    call: Call, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    ledger.change_budget("patients", 60.0, 1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr("dpml.pate.trainer.train_student", interrupted)
+        for name in ("a", "twin"):
+            assert call(PATE, tmp_path / name).status == 130
+    assert len(ledger.data_set("patients").runs) == 2
+    record = tmp_path / "a" / "run.json"
+    kept = record.read_bytes()
+    shutil.copy(tmp_path / "twin" / "run.json", record)
+    assert "go on with the same settings" in call("resume", tmp_path / "a").err
+    record.write_bytes(kept)
+    assert call("resume", tmp_path / "a").status == 0
 
 
 def test_the_ledger_pays_for_predictions_too(call: Call, ledger: Ledger, tmp_path: Path) -> None:
