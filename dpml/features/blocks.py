@@ -6,46 +6,45 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d
 
 from dpml.features.patches import Patches
 from dpml.features.wavelets import Wavelets, mirrored_paths
 
 Block = Callable[[Tensor], Tensor]
 """From images, float32 [n, channels, height, width], to maps, float32 [n, maps, rows, columns]."""
-VERSION = 2
+VERSION = 3
 """Raised when a block changes: what was cached before is then computed anew."""
 
-_CELL = 4
 _LOG_FLOOR = 1e-3
-_DIRECTIONS = 128
+_DIRECTIONS = 512
 # Brightness, and two contrasts of colours.
 _OPPONENT = ((1 / 3, 1 / 3, 1 / 3), (1 / 2, -1 / 2, 0.0), (1 / 4, 1 / 4, -1 / 2))
 
 
 def blocks_of(names: tuple[str, ...], channels: int) -> dict[str, Block]:
-    """Blocks by name: scattering, patches, coarse-patches (of images of half the size).
+    """Blocks by name: scattering, patches, and of images of half the size coarse-scattering, coarse-patches.
 
     Images in colour count as photographs: their maps are the mean over the image and its mirror image.
     """
-    blocks: dict[str, Block] = {}
     mirror = channels == 3
-    if "scattering" in names:
-        wavelets = Wavelets()
-        blocks["scattering"] = lambda x: _scattering(wavelets, x, mirror)
-    if "patches" in names or "coarse-patches" in names:
-        patches = Patches(channels, _DIRECTIONS)
-        if "patches" in names:
-            blocks["patches"] = lambda x: _filtered(patches, x, mirror)
-        if "coarse-patches" in names:
-            blocks["coarse-patches"] = lambda x: _filtered(patches, avg_pool2d(x, 2), mirror)
-    return blocks
+    wavelets, patches = Wavelets(), Patches(channels, _DIRECTIONS)
+    blocks: dict[str, Block] = {
+        "scattering": lambda x: _scattering(wavelets, x, mirror),
+        "coarse-scattering": lambda x: _scattering(wavelets, _halved(x), mirror),
+        "patches": lambda x: _filtered(patches, x, 8, mirror),
+        "coarse-patches": lambda x: _filtered(patches, _halved(x), 4, mirror),
+    }
+    return {name: blocks[name] for name in names}
 
 
 def _scattering(wavelets: Wavelets, images: Tensor, mirror: bool) -> Tensor:
     if not mirror:
         return _log(wavelets(images)).flatten(1, 2)
-    x = _log(wavelets(torch.einsum("oc,nchw->nohw", torch.tensor(_OPPONENT), images)))
+    images = torch.einsum("oc,nchw->nohw", torch.tensor(_OPPONENT), images)
+    x = _log(wavelets(images))
+    if images.shape[3] % 2:  # its mirror image has other cells
+        return ((x + _log(wavelets(images.flip(3)))) / 2).flatten(1, 2)
     x = (x + x[:, :, mirrored_paths()].flip(4)) / 2
     # Its right half holds the same numbers as the left.
     return x.flatten(1, 2)[..., : (x.shape[4] + 1) // 2]
@@ -58,6 +57,12 @@ def _log(scattering: Tensor) -> Tensor:
     return x
 
 
-def _filtered(patches: Patches, images: Tensor, mirror: bool) -> Tensor:
-    x = patches(images, _CELL)
-    return (x + patches(images.flip(3), _CELL)) / 2 if mirror else x
+def _filtered(patches: Patches, images: Tensor, cell: int, mirror: bool) -> Tensor:
+    x = patches(images, cell)
+    return (x + patches(images.flip(3), cell)) / 2 if mirror else x
+
+
+def _halved(images: Tensor) -> Tensor:
+    """Means over 2×2 pixels; those in the middle of odd sides overlap, so that mirroring changes nothing."""
+    height, width = images.shape[2:]
+    return adaptive_avg_pool2d(images, ((height + 1) // 2, (width + 1) // 2))

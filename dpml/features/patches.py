@@ -1,7 +1,8 @@
 """Random patch features: one convolutional layer that is fitted to synthetic images, not to data.
 
-Each 5×5 patch is normalised in contrast, whitened, scaled to norm 1 and compared with random directions;
-what exceeds a threshold is averaged over cells of the image. A linear classifier on these is close to one
+Each 6×6 patch is centred, whitened, scaled to norm 1 and compared with random directions; what exceeds a
+threshold is averaged over cells of the image. The whitening is for patches of equal contrast, so that the few
+with strong edges do not decide about it. A linear classifier on these is close to one
 with the arc-cosine kernel on patches (Cho & Saul 2009).
 
 Sources: Coates, Lee & Ng, "An analysis of single-layer networks in unsupervised feature learning", 2011,
@@ -19,10 +20,11 @@ from torch.nn.functional import avg_pool2d, conv2d, pad, unfold
 
 from dpml.features.synthetic import dead_leaves
 
-_SIDE = 5
+_SIDE = 6
 _THRESHOLD = 0.12
-_CONTRAST = 0.02
+_CONTRAST = 0.03
 """Standard deviation of a patch's pixels, in units of [0, 1], below which it counts as flat."""
+_MARGINS = ((_SIDE - 1) // 2, _SIDE // 2) * 2
 _RIDGE = 1e-2
 _SYNTHETIC = 1000
 _SEED = 1
@@ -49,12 +51,12 @@ class Patches:
         """Averages over cells of `cell` pixels, float32 [n, maps, ⌈height/cell⌉, ⌈width/cell⌉].
 
         Args:
-            images: Float32 [n, channels, height, width], sides of 5 or more. Continued by reflection.
+            images: Float32 [n, channels, height, width], sides of 6 or more. Continued by reflection.
             cell: Side of a cell in pixels.
         """
         height, width = images.shape[2:]
         x = pad(images, (0, -width % cell, 0, -height % cell), mode="replicate")
-        white = conv2d(pad(x, [_SIDE // 2] * 4, mode="reflect"), self._whitening)
+        white = conv2d(pad(x, _MARGINS, mode="reflect"), self._whitening)
         white /= white.square().sum(dim=1, keepdim=True).add_(_CONTRAST**2 * white.shape[1]).sqrt_()
         similar = conv2d(white, self._directions)
         both = [avg_pool2d((sign * similar).sub_(_THRESHOLD).relu_(), cell) for sign in (1, -1)]
@@ -63,16 +65,17 @@ class Patches:
 
 @cache
 def _whitening(channels: int) -> Tensor:
-    """Filters that take the mean from a patch and whiten it: float32 [size, channels, 5, 5]."""
+    """Filters that take the mean from a patch and whiten it: float32 [size, channels, 6, 6]."""
     images = dead_leaves(_SYNTHETIC, channels, 32, 32)
     patches = unfold(images, _SIDE, stride=3).transpose(1, 2).flatten(0, 1).double()
     centred = patches - patches.mean(dim=1, keepdim=True)
+    centred /= (centred.square().mean(dim=1, keepdim=True) + _CONTRAST**2).sqrt()
     covariance = centred.T @ centred / len(centred)
     values, vectors = torch.linalg.eigh(covariance)
     scale = (values + _RIDGE * values.mean()).rsqrt()
     whitening = vectors * scale @ vectors.T
     whitening = whitening - whitening.mean(dim=1, keepdim=True)
-    # On the scale of pixels: the mean patch keeps its norm.
+    # The mean patch keeps its norm.
     whitening = whitening * (centred.square().sum() / (centred @ whitening.T).square().sum()).sqrt()
     filters: Tensor = whitening.float().view(-1, channels, _SIDE, _SIDE)
     return filters

@@ -39,7 +39,8 @@ class Wavelets:
         """
         n, channels, height, width = images.shape
         x = images.reshape(n * channels, 1, height, width)
-        x = pad(x, (0, -width % _CELL, 0, -height % _CELL), mode="replicate")
+        across, along = -width % _CELL, -height % _CELL
+        x = pad(x, (across // 2, across - across // 2, along // 2, along - along // 2), mode="replicate")
         first = _modulus(_mirrored(x, 3), self._fine, 1)
         coarse = _modulus(_mirrored(x, 5), self._coarse, 2)
         both = first.flatten(0, 1)[:, None]

@@ -147,6 +147,13 @@ def test_features_of_colour_images_do_not_change_when_mirrored(
     assert (grey(images[:, :1].flip(3)) - grey(images[:, :1])).norm(dim=1).min() > 0.1
 
 
+@pytest.mark.parametrize("width", [19, 21, 22])
+def test_any_width_can_be_mirrored(width: int) -> None:
+    x = torch.rand(3, 3, 17, width, generator=torch.Generator().manual_seed(1))
+    for name, block in blocks.blocks_of(("scattering", "coarse-scattering", "coarse-patches"), 3).items():
+        torch.testing.assert_close(block(x.flip(3)), block(x), rtol=0, atol=1e-4, msg=name)
+
+
 def test_features_do_not_depend_on_the_caller_s_randomness(
     maps: dict[str, FeatureMap], images: Tensor
 ) -> None:
