@@ -32,10 +32,11 @@ def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
         model="linear",
         epsilon=wanted,
         delta=1e-5,
-        epochs=10,
+        epochs=20 if wanted < 5 else 40,
         batch_size=8192,
         clip_norm=0.1,
-        learning_rate=130.0 if wanted < 2 else 400.0 if wanted < 5 else 800.0,
+        learning_rate=120.0 if wanted < 2 else 300.0 if wanted < 5 else 500.0,
+        schedule="trapezoidal",
         momentum=0.9,
         mean_noise=30.0,
         micro_batch_size=64,  # larger ones cost more in fresh memory than they save
