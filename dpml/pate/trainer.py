@@ -135,9 +135,10 @@ def train_pate(
     with reserved(accountant, plan.event, _recorded_run(output) if resume else None) as reservation:
         relation = accountant.neighboring_relation
         report = PATEReport(config, plan, folder, trackers, test_set, relation, name, test_set_is_public)
-        report.start(reservation.receipt)
         about = {"teachers": teacher_settings(config), "data": name}
+        # Before the run is written down: one of the ledger without a book is taken for one that lost it.
         book = AnswerBook(":memory:" if folder is None else folder.path / _BOOK, plan.aggregator, about)
+        report.start(reservation.receipt)
         if not config.non_private:
             commit_again(reservation, book)
         random = Randomness.secret()
