@@ -30,7 +30,7 @@ from resume_checks import (
     told,
 )
 
-from accounting import Event, PrivacyBudget
+from accounting import PrivacyBudget
 from accounting.accountant import kinds
 from accounting.ledger import Ledger, Run
 from dpml import checkpoint
@@ -46,8 +46,7 @@ from recipes.table import read_runs
 NAME = "digits"
 NOISE_SEED = 3
 BOOK = "answers.sqlite"
-QUERIES = 160
-PENDING = ("checking", "answering")
+QUERIES = 300
 States = dict[bytes, tuple[str, int | None]]
 """By query: checking, refused, passed, answering or answered, and the class."""
 _TIMES = ("train_seconds", "examples_per_second")
@@ -158,10 +157,9 @@ class Training(Kind):
             return "results written"
         if not (place.run / EVENTS_FILE).exists():
             return "before the first step"
-        planned = _planned(place.run)
-        return (
-            "after the last step" if steps == planned else f"checkpoint in quarter {1 + 4 * steps // planned}"
-        )
+        if steps == (planned := _planned(place.run)):
+            return "after the last step"
+        return f"checkpoint in quarter {1 + 4 * steps // planned} of the steps"
 
     def check_whole(self, place: Place, other: Path) -> None:
         assert self.check(place) == "results written"
@@ -195,8 +193,8 @@ def check_training(folder: Path, notes: Path, runs: dict[str, Run]) -> int:
     if made or steps or (folder / "model.safetensors").exists():
         done = max(made, steps)
         run = _ledger_run(folder, runs)
-        if done > _planned(folder) or done > sum(_leased(run).values()):
-            raise PrivacyViolation(f"record: {done} steps were released, the ledger knows of {_leased(run)}")
+        if done > _planned(folder) or done > sum(_leased(run)):
+            raise PrivacyViolation(f"record: {done} steps were released, {_leased(run)} were leased")
         if done < _planned(folder) and (folder / "model.safetensors").exists():
             raise PrivacyViolation("record: the weights are there before the last step")
     return steps
@@ -209,9 +207,9 @@ def _ledger_run(folder: Path, runs: dict[str, Run]) -> Run:
     return runs[run_id]
 
 
-def _leased(run: Run) -> dict[Event, int]:
-    """What a ledger says may have been released, by kind."""
-    return dict(zip(kinds(run.plan), run.leased if run.committed is None else run.committed, strict=True))
+def _leased(run: Run) -> list[int]:
+    """What a ledger says may have been released: parts of each kind."""
+    return run.leased if run.committed is None else run.committed
 
 
 # ---------------------------------------------------------------- PATE
@@ -237,7 +235,11 @@ class Answering(Kind):
         if begun and not path.exists():
             raise PrivacyViolation("book: the run is there, but not its answers")
         states, drawn = book_states(path) if path.exists() else {}, draws(place.notes)
-        place.keep({key: state for key, state in states.items() if state[0] in ("refused", "answered")})
+        pending = {key: state for key, state in states.items() if state[0] in ("checking", "answering")}
+        forfeited = pending if place.secret else {}  # with a known seed it will be drawn again
+        interrupted = pending.keys() - place.kept.keys()
+        final = {key: state for key, state in states.items() if state[0] in ("refused", "answered")}
+        place.keep(final | forfeited)
         check_drawn(drawn, states, secret=place.secret)
         runs = place.ledger_runs()
         if states or drawn:
@@ -246,7 +248,7 @@ class Answering(Kind):
             return "results written"
         if not states:
             return "teachers" if begun else "before the first file"
-        if any(state in PENDING for state, _ in states.values()):
+        if interrupted:
             return "within a block of answers"
         return "student" if len(states) == QUERIES else "between two blocks of answers"
 
@@ -362,13 +364,16 @@ class Sweeping(Kind):
         all_of_them = len(json.loads((place.run / PLAN_FILE).read_text())["cells"])
         if len(finished) == all_of_them:
             return "all runs finished"
-        return f"{25 * (4 * len(finished) // all_of_them)} % of the runs finished or more"
+        return f"in quarter {1 + 4 * len(finished) // all_of_them} of the runs"
 
     def check_whole(self, place: Place, other: Path) -> None:
         assert self.check(place) == "all runs finished"
         ours, theirs = read_runs(place.run), read_runs(other)
         assert ours["run"].to_list() == theirs["run"].to_list()
         assert not list(place.run.glob("abandoned/*")), "a run was begun anew"
+        spent = [run for run in place.ledger_runs().values() if any(run.leased)]
+        if len(spent) != len(ours) or any(run.committed != run.planned for run in spent):
+            raise PrivacyViolation(f"ledger: {len(spent)} runs have released something, of {len(ours)}")
         for cell in place.run.glob("runs/*"):
             check_nothing_left(cell)
             if place.forked:

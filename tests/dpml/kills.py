@@ -7,7 +7,7 @@ from nothing to the duration of an uninterrupted run, start-up included; goes on
 drawn anew; and so on, until a process ends by itself. Every second run has a known seed, the others secret
 noise. The first ones are the command `dpml`, started afresh. The others are forked from a process that has
 imported everything, so that they are killed while they work; they also note what they release. `kill_checks`
-says what must hold. A failure names its run: `--kind KIND --seed SEED --kills 1` kills it again.
+says what must hold. A failure says how its run is repeated.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ KINDS: dict[str, Kind] = {
     ),
     "pate": Answering(
         f"train pate --dataset digits --noise-multiplier 10 --queries {QUERIES} --delta 1e-5 "
-        "--student-epochs 10 --aggregator confident-gnmax --threshold 18 --threshold-noise 10",
-        PrivacyBudget(12.0, 1e-5),
+        "--student-epochs 2 --aggregator confident-gnmax --threshold 18 --threshold-noise 10",
+        PrivacyBudget(17.0, 1e-5),
     ),
     "sweep": Sweeping(
-        "sweep dpsgd-digits --noise-multiplier 2,4,8 --clip-norm 0.1,0.5 --seeds 4 --epochs 2 --processes 2",
+        "sweep dpsgd-digits --noise-multiplier 2,4,8 --seeds 4 --epochs 2 --processes 2",
         PrivacyBudget(100.0, 1e-5),
     ),
 }
@@ -194,10 +194,10 @@ def figures(outcomes: list[Outcome]) -> dict[str, Any]:
         "secret_runs_sound": sum(outcome.place.secret for outcome in good),
         "failures": [
             {
-                "seed": outcome.seed,
-                "forked": outcome.place.forked,
+                "repeat": f"--seed {outcome.seed} --kills {len(outcome.kills)} "
+                f"--fresh {0 if outcome.place.forked else len(outcome.kills)}",
                 "kills": outcome.kills,
-                "error": outcome.failure.splitlines()[-1],
+                "error": outcome.failure.strip().splitlines()[-1],
             }
             for outcome in outcomes
             if outcome.failure
@@ -205,38 +205,36 @@ def figures(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
+def measure(kind: Kind, path: Path, *, kills: int, fresh: int, seed: int) -> dict[str, Any]:
+    """Kill runs of one kind so often, `fresh` of them started afresh; print what has failed."""
+    outcomes: list[Outcome] = []
+    durations = {}
+    for forked, wanted in ((False, min(fresh, kills)), (True, kills)):
+        (folder := path / ("forked" if forked else "afresh")).mkdir(parents=True)
+        left, first = wanted - sum(len(outcome.kills) for outcome in outcomes), seed + len(outcomes)
+        if left > 0:
+            made, seconds = kill_all(kind, folder, seed=first, kills=left, forked=forked)
+            outcomes += made
+            durations[folder.name] = round(seconds, 2)
+    for outcome in outcomes:
+        if outcome.failure:
+            click.echo(f"FAILED, seed {outcome.seed}, left in {outcome.place.path}:\n{outcome.failure}")
+    return {"command": f"dpml {kind.words}", "seconds_uninterrupted": durations, **figures(outcomes)}
+
+
 @click.command()
 @click.option("--kills", default=200, help="Of each kind.")
-@click.option("--fresh", default=20, help="How many of them at least are of the command started afresh.")
+@click.option("--fresh", default=20, help="How many of them are of the command started afresh.")
 @click.option("--kind", "names", multiple=True, type=click.Choice(list(KINDS)), help="By default all.")
 @click.option("--seed", default=0, help="Of the first run's moments.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write the results as JSON.")
 def main(kills: int, fresh: int, names: tuple[str, ...], seed: int, save: Path | None) -> None:
     """Kill, check, and print what was met."""
     found: dict[str, Any] = {}
-    memory = Path("/dev/shm")  # noqa: S108 - a process dies there as anywhere else, without waiting for a disk
-    kept = Path(tempfile.mkdtemp(prefix="kills-", dir=memory if os.access(memory, os.W_OK) else None))
-    began = time.monotonic()
+    path, began = Path(tempfile.mkdtemp(prefix="kills-")), time.monotonic()
     for name in names or KINDS:
-        outcomes: list[Outcome] = []
-        durations = {}
-        for forked, wanted in ((False, fresh), (True, kills)):
-            (path := kept / f"{name}-{forked}").mkdir()
-            left = min(wanted, kills) - sum(len(outcome.kills) for outcome in outcomes)
-            if left > 0:
-                made, seconds = kill_all(KINDS[name], path, seed=seed, kills=left, forked=forked)
-                outcomes += made
-                durations["forked" if forked else "afresh"] = round(seconds, 2)
-        found[name] = {
-            "command": f"dpml {KINDS[name].words}",
-            "seconds_uninterrupted": durations,
-            **figures(outcomes),
-        }
+        found[name] = measure(KINDS[name], path / name, kills=kills, fresh=fresh, seed=seed)
         click.echo(f"{name}: {json.dumps(found[name], indent=1, ensure_ascii=False)}")
-        for outcome in outcomes:
-            if outcome.failure:
-                click.echo(f"FAILED, seed {outcome.seed}, left in {outcome.place.path}:\n{outcome.failure}")
-    if save is not None:
         record = {
             "command": f"python tests/dpml/kills.py --kills {kills} --fresh {fresh} --seed {seed}",
             "date": datetime.now(UTC).date().isoformat(),
@@ -245,10 +243,11 @@ def main(kills: int, fresh: int, names: tuple[str, ...], seed: int, save: Path |
             "moments": "uniform from 0 to the duration of an uninterrupted run, anew for each process",
             "kinds": found,
         }
-        save.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        if save is not None:
+            save.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if any(kind["failures"] for kind in found.values()):
         sys.exit(1)
-    shutil.rmtree(kept)
+    shutil.rmtree(path)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dpml.randomness import Randomness
 
 Patch = pytest.MonkeyPatch
 TRAIN = replace(KINDS["train"], words=KINDS["train"].words.replace("--epochs 12", "--epochs 2"))
-PATE = replace(KINDS["pate"], words=KINDS["pate"].words.replace("--student-epochs 10", "--student-epochs 1"))
+PATE = KINDS["pate"]
 SWEEP = replace(
     KINDS["sweep"],
     words="sweep dpsgd-digits --noise-multiplier 4,8 --seeds 2 --epochs 1 --processes 2",
@@ -63,7 +63,7 @@ def carry_out(place: Place, kind: Kind, words: list[str], *arrange: Callable[[Pa
     return in_a_child(work)
 
 
-# A block of a book has 16 queries: the second block of ten.
+# Of the second of the blocks of 16 queries.
 BOUNDARIES: dict[str, tuple[Any, str, int, bool]] = {
     "reserved": (AnswerBook, "__init__", 1, True),
     "book made": (AnswerBook, "__init__", 1, False),
