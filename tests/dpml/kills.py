@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -69,12 +70,14 @@ class Outcome:
     Attributes:
         seed: Of the moments.
         place: How it was made.
+        seconds: Of an uninterrupted run.
         kills: The moment of each, as a share of an uninterrupted run, and what it met.
         failure: The error, if there was one.
     """
 
     seed: int
     place: Place
+    seconds: float
     kills: list[tuple[float, str]] = field(default_factory=list)
     failure: str = ""
 
@@ -140,7 +143,7 @@ def uninterrupted(kind: Kind, path: Path, *, forked: bool) -> tuple[Path, float]
 
 def killed_run(kind: Kind, place: Place, other: Path, seconds: float, *, seed: int, kills: int) -> Outcome:
     """Kill a run and go on with it, at most so often, until it is completed; check it each time."""
-    dice, outcome = random.Random(seed), Outcome(seed, place)
+    dice, outcome = random.Random(seed), Outcome(seed, place, seconds)
     words = kind.begin(place)
     try:
         while True:
@@ -163,17 +166,17 @@ def killed_run(kind: Kind, place: Place, other: Path, seconds: float, *, seed: i
     return outcome
 
 
-def kill_all(kind: Kind, path: Path, *, seed: int, kills: int, forked: bool) -> tuple[list[Outcome], float]:
-    """Runs until there were so many kills; and the duration of an uninterrupted one."""
-    outcomes: list[Outcome] = []
-    other, seconds = uninterrupted(kind, path / f"whole-{forked}", forked=forked)
-    while (left := kills - sum(len(outcome.kills) for outcome in outcomes)) > 0:
+def kill_all(kind: Kind, path: Path, *, seed: int, kills: int, forked: bool) -> Iterator[Outcome]:
+    """Runs until there were so many kills, with a seed each."""
+    path.mkdir(parents=True)
+    other, seconds = uninterrupted(kind, path / "whole", forked=forked)
+    while kills > 0:
         place = Place(path / f"{seed}", kind.budget, secret=bool(seed % 2), forked=forked)
-        outcomes.append(killed_run(kind, place, other, seconds, seed=seed, kills=left))
-        if not outcomes[-1].failure:
+        outcome = killed_run(kind, place, other, seconds, seed=seed, kills=kills)
+        yield outcome
+        if not outcome.failure:
             shutil.rmtree(place.path)
-        seed += 1
-    return outcomes, seconds
+        seed, kills = seed + 1, kills - len(outcome.kills)
 
 
 def figures(outcomes: list[Outcome]) -> dict[str, Any]:
@@ -182,6 +185,9 @@ def figures(outcomes: list[Outcome]) -> dict[str, Any]:
     tenths = Counter(int(TENTHS * share) for share, _ in kills)
     good = [outcome for outcome in outcomes if not outcome.failure]
     return {
+        "seconds_uninterrupted": {
+            "forked" if outcome.place.forked else "afresh": round(outcome.seconds, 2) for outcome in outcomes
+        },
         "kills": len(kills),
         "kills_of_the_command_started_afresh": sum(
             len(outcome.kills) for outcome in outcomes if not outcome.place.forked
@@ -205,21 +211,19 @@ def figures(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def measure(kind: Kind, path: Path, *, kills: int, fresh: int, seed: int) -> dict[str, Any]:
-    """Kill runs of one kind so often, `fresh` of them started afresh; print what has failed."""
+def measure(kind: Kind, path: Path, *, kills: int, fresh: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Kill runs of one kind so often, `fresh` of them started afresh; figures after each run."""
     outcomes: list[Outcome] = []
-    durations = {}
     for forked, wanted in ((False, min(fresh, kills)), (True, kills)):
-        (folder := path / ("forked" if forked else "afresh")).mkdir(parents=True)
-        left, first = wanted - sum(len(outcome.kills) for outcome in outcomes), seed + len(outcomes)
-        if left > 0:
-            made, seconds = kill_all(kind, folder, seed=first, kills=left, forked=forked)
-            outcomes += made
-            durations[folder.name] = round(seconds, 2)
-    for outcome in outcomes:
-        if outcome.failure:
-            click.echo(f"FAILED, seed {outcome.seed}, left in {outcome.place.path}:\n{outcome.failure}")
-    return {"command": f"dpml {kind.words}", "seconds_uninterrupted": durations, **figures(outcomes)}
+        folder, first = path / ("forked" if forked else "afresh"), seed + len(outcomes)
+        left = wanted - sum(len(outcome.kills) for outcome in outcomes)
+        if left <= 0:
+            continue
+        for outcome in kill_all(kind, folder, seed=first, kills=left, forked=forked):
+            outcomes.append(outcome)
+            if outcome.failure:
+                click.echo(f"FAILED, seed {outcome.seed}, left in {outcome.place.path}:\n{outcome.failure}")
+            yield {"command": f"dpml {kind.words}", **figures(outcomes)}
 
 
 @click.command()
@@ -233,18 +237,22 @@ def main(kills: int, fresh: int, names: tuple[str, ...], seed: int, save: Path |
     found: dict[str, Any] = {}
     path, began = Path(tempfile.mkdtemp(prefix="kills-")), time.monotonic()
     for name in names or KINDS:
-        found[name] = measure(KINDS[name], path / name, kills=kills, fresh=fresh, seed=seed)
+        for so_far in measure(KINDS[name], path / name, kills=kills, fresh=fresh, seed=seed):
+            found[name] = so_far
+            record = {
+                "command": f"python tests/dpml/kills.py --kills {kills} --fresh {fresh} --seed {seed}",
+                "date": datetime.now(UTC).date().isoformat(),
+                "versions": {
+                    "python": platform.python_version(),
+                    **{p: version(p) for p in ("dpml", "torch")},
+                },
+                "seconds": round(time.monotonic() - began),
+                "moments": "uniform from 0 to the duration of an uninterrupted run, anew for each process",
+                "kinds": found,
+            }
+            if save is not None:
+                save.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
         click.echo(f"{name}: {json.dumps(found[name], indent=1, ensure_ascii=False)}")
-        record = {
-            "command": f"python tests/dpml/kills.py --kills {kills} --fresh {fresh} --seed {seed}",
-            "date": datetime.now(UTC).date().isoformat(),
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("dpml", "torch")}},
-            "seconds": round(time.monotonic() - began),
-            "moments": "uniform from 0 to the duration of an uninterrupted run, anew for each process",
-            "kinds": found,
-        }
-        if save is not None:
-            save.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if any(kind["failures"] for kind in found.values()):
         sys.exit(1)
     shutil.rmtree(path)
