@@ -4,15 +4,17 @@
 
 Each run is a real command with a ledger. It is killed, with all of its processes, at a moment drawn uniformly
 from nothing to the duration of an uninterrupted run, start-up included; goes on; is killed again, at a moment
-drawn anew; and so on, until a process ends by itself. Every second run has a known seed, the others secret
-noise. The first ones are the command `dpml`, started afresh. The others are forked from a process that has
-imported everything, so that they are killed while they work; they also note what they release. `kill_checks`
-says what must hold. A failure says how its run is repeated.
+drawn anew; and so on, until a process ends by itself. A wait for a core does not count, so that moments fall
+alike on a busy machine. Every second run has a known seed, the others secret noise. The first ones are the
+command `dpml`, started afresh. The others are forked from a process that has imported everything, so that
+they are killed while they work; they also note what they release. `kill_checks` says what must hold. A
+failure says how its run is repeated.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -26,6 +28,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -57,6 +60,7 @@ KINDS: dict[str, Kind] = {
     ),
 }
 TENTHS = 10
+_LOOK = 0.02
 SERVER = multiprocessing.get_context("forkserver")
 LATE = ["sklearn.datasets", "torch._dynamo", "tensorboard.summary.writer.event_file_writer"]
 """What a run imports when it is on its way."""
@@ -97,8 +101,11 @@ def forked_command(words: list[str], kind: Kind, place: Place, held: Connection)
     sys.exit(status)
 
 
-def run(words: list[str], kind: Kind, place: Place, seconds: float | None) -> int:
-    """The exit status of a command, which is killed with all its processes after so many seconds."""
+def run(words: list[str], kind: Kind, place: Place, seconds: float | None) -> tuple[int, float]:
+    """A command's exit status and its seconds; after so many it is killed, with all its processes.
+
+    Seconds are those in which it did not wait for a core.
+    """
     ended, held = multiprocessing.Pipe(duplex=False)  # it ends when none of the processes is left
     if place.forked:
         process = SERVER.Process(target=forked_command, args=(words, kind, place, held))
@@ -114,17 +121,31 @@ def run(words: list[str], kind: Kind, place: Place, seconds: float | None) -> in
                 pass_fds=[held.fileno()],
             )
     held.close()
-    if not ended.poll(seconds):
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has not come to make its group
-            os.kill(process.pid, signal.SIGKILL)
-        ended.poll(None)
+    began, own, left = time.monotonic(), 0.0, math.inf
+    while not ended.poll(min(left, _LOOK)):
+        own = time.monotonic() - began - waited(process.pid)
+        left = math.inf if seconds is None else seconds - own
+        if left <= 0:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not come to make its group
+                os.kill(process.pid, signal.SIGKILL)
+            left = math.inf
     ended.close()
     if isinstance(process, subprocess.Popen):
-        return process.wait()
+        return process.wait(), own
     process.join()
-    return process.exitcode
+    return process.exitcode, own
+
+
+def waited(process: int) -> float:
+    """Seconds that a process, or that one of its children that waited most, was ready and had no core."""
+    longest = 0
+    with suppress(OSError):  # it has ended, or the system does not tell
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        for each in (process, *children):
+            longest = max(longest, int(Path(f"/proc/{each}/schedstat").read_text().split()[1]))
+    return longest / 1e9
 
 
 def uninterrupted(kind: Kind, path: Path, *, forked: bool) -> tuple[Path, float]:
@@ -132,9 +153,7 @@ def uninterrupted(kind: Kind, path: Path, *, forked: bool) -> tuple[Path, float]
     place = Place(path, kind.budget, secret=False, forked=forked)
     (ready := SERVER.Process()).start()  # the server imports everything before the clock starts
     ready.join()
-    began = time.monotonic()
-    status = run(kind.begin(place), kind, place, None)
-    seconds = time.monotonic() - began
+    status, seconds = run(kind.begin(place), kind, place, None)
     if status:
         raise RuntimeError(f"exit status {status}: {(place.path / 'log').read_text()[-2000:]}")
     kind.check_whole(place, place.run)
@@ -149,7 +168,7 @@ def killed_run(kind: Kind, place: Place, other: Path, seconds: float, *, seed: i
         while True:
             share = dice.random()
             wait = share * seconds if len(outcome.kills) < kills else None
-            status = run(words, kind, place, wait)
+            status, _ = run(words, kind, place, wait)
             if status == 0:
                 break
             if status != -signal.SIGKILL:
@@ -157,7 +176,7 @@ def killed_run(kind: Kind, place: Place, other: Path, seconds: float, *, seed: i
             outcome.kills.append((share, kind.check(place)))
             words = kind.go_on(place)
             if words[0] == "resume" and outcome.kills[-1][1] == "results written":
-                status = run(words, kind, place, None)
+                status, _ = run(words, kind, place, None)
                 assert status == 2, f"a complete run was resumed: exit status {status}"
                 break
         kind.check_whole(place, other)
@@ -176,7 +195,7 @@ def kill_all(kind: Kind, path: Path, *, seed: int, kills: int, forked: bool) -> 
         yield outcome
         if not outcome.failure:
             shutil.rmtree(place.path)
-        seed, kills = seed + 1, kills - len(outcome.kills)
+        seed, kills = seed + 1, kills - max(len(outcome.kills), bool(outcome.failure))
 
 
 def figures(outcomes: list[Outcome]) -> dict[str, Any]:
@@ -247,7 +266,7 @@ def main(kills: int, fresh: int, names: tuple[str, ...], seed: int, save: Path |
                     **{p: version(p) for p in ("dpml", "torch")},
                 },
                 "seconds": round(time.monotonic() - began),
-                "moments": "uniform from 0 to the duration of an uninterrupted run, anew for each process",
+                "moments": "uniform from 0 to an uninterrupted run's duration, anew for each process",
                 "kinds": found,
             }
             if save is not None:
