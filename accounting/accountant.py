@@ -286,10 +286,6 @@ class Reservation:
         """The events of which the plan has parts."""
         return tuple(self._planned)
 
-    def committed_of(self, event: Event) -> int:
-        """How many parts of this kind were committed; 0 for a kind that the plan does not have."""
-        return self._committed.get(event, 0) if isinstance(event, Event) else 0
-
     @property
     def committed(self) -> int:
         """How many parts were committed, of all kinds."""

@@ -183,6 +183,10 @@ class Randomness:
         """
         self._begin(self.words(4).astype("<u8").tobytes(), 0)
 
+    def branch(self, name: bytes) -> Randomness:
+        """A stream that follows from this one's key and a name alone, however far this one has come."""
+        return Randomness(hashlib.sha256(self._key + name).digest(), is_secret=self.is_secret)
+
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """`count` independent uniform 64-bit integers, shape [count]."""
         parts = []

@@ -4,6 +4,7 @@ A book is a small database beside the run. Before noise is drawn for a query, th
 is about to be: from then on the query is paid for. After that the outcome is drawn, written down, and only
 then shown. So whatever was shown is in the book and is replayed for ever, never drawn again; and what was
 committed but not written down when a process died is forfeited: paid for, never drawn again, never shown.
+Only a run with a known seed draws it again, with the same noise: it ends as if it had not died.
 """
 
 from __future__ import annotations
@@ -165,16 +166,16 @@ class AnswerBook:
         """Write down answers."""
         self._update([(_ANSWERED, int(found), key) for key, found in zip(keys, classes, strict=True)])
 
-    def release(self, name: str, draw: Callable[[], str]) -> str | None:
+    def release(self, name: str, draw: Callable[[], str], *, is_secret: bool = True) -> str | None:
         """Release one more thing, in the same order: commit, draw, persist. None if it is forfeited.
 
-        What was released before under this name is returned again.
+        What was released before under this name is returned again. What is not secret is never forfeited.
         """
         with self._transaction():
             found = self._base.execute("SELECT value FROM releases WHERE name = ?", (name,)).fetchone()
             if found is None:
                 self._base.execute("INSERT INTO releases VALUES (?, NULL)", (name,))
-        if found is not None:
+        if found is not None and (is_secret or found[0] is not None):
             return None if found[0] is None else str(found[0])
         value = draw()
         with self._transaction():
@@ -283,15 +284,29 @@ class Desk:
             if self.aggregator.check_event is not None:
                 asked = self.book.commit_checks(block)
                 self._commit(asked, self.aggregator.check_event)
-                passed = self.aggregator.check(checked[[place[key] for key in asked]], self.randomness)
+                asked, random = self._draws(block, asked, _CHECKING)
+                passed = self.aggregator.check(checked[[place[key] for key in asked]], random)
                 self.book.persist_checks(asked, passed)
             due = self.book.commit_answers(block)
             self._commit(due, self.aggregator.answer_event)
-            classes = self.aggregator.choose(counts[[place[key] for key in due]], self.randomness)
+            due, random = self._draws(block, due, _ANSWERING)
+            classes = self.aggregator.choose(counts[[place[key] for key in due]], random)
             self.book.persist_answers(due, classes)
             if self.progress is not None:
                 self.progress()
         return np.array([self._shown(state) for state in self.book.states(keys)], dtype=np.int64)
+
+    def _draws(self, block: list[bytes], paid: list[bytes], state: str) -> tuple[list[bytes], Randomness]:
+        """For which of a block noise is drawn, and where it comes from: for those just `paid` for.
+
+        With a known seed it is the same noise for this block in every process, and so for those too that a
+        process before this one had paid for and not written down.
+        """
+        if self.randomness.is_secret:
+            return paid, self.randomness
+        found = zip(block, self.book.states(block), strict=True)
+        pending = [key for key, known in found if known is not None and known[0] == state]
+        return pending, self.randomness.branch(state.encode() + block[0])
 
     def _commit(self, keys: list[bytes], event: Event | None) -> None:
         if keys and event is not None and self.reservation is not None:

@@ -92,5 +92,5 @@ def publish(
         )
         return json.dumps({"epsilon": released.epsilon, "delta": released.delta, "order": released.order})
 
-    text = book.release(RELEASE, draw)
+    text = book.release(RELEASE, draw, is_secret=randomness.is_secret)
     return None if text is None else json.loads(text)

@@ -62,7 +62,6 @@ class PATEReport:
     def start(self, receipt: Receipt | None = None) -> None:
         """Write down the plan before anything is trained, and where a ledger has it."""
         self._ledger = receipt
-        self._write_events(Repeated(self.plan.event, 0), "running")
         aggregator = self.plan.aggregator
         settings = {
             **asdict(self.config),
@@ -71,7 +70,8 @@ class PATEReport:
             "neighboring_relation": None if self.config.non_private else self.relation,
         }
         if self.folder is not None:
-            write_run(self.folder, "pate", asdict(self.config), receipt)
+            write_run(self.folder, "pate", asdict(self.config), receipt)  # first: from here on it can go on
+        self._write_events(Repeated(self.plan.event, 0), "running")
         for tracker in self.trackers:
             tracker.start(aggregator.queries, settings)
 

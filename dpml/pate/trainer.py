@@ -136,11 +136,12 @@ def train_pate(
         relation = accountant.neighboring_relation
         report = PATEReport(config, plan, folder, trackers, test_set, relation, name, test_set_is_public)
         receipt = reservation.receipt
-        report.start(receipt)
         about = {"teachers": teacher_settings(config), "data": name}
         if receipt is not None:  # what one run has released, no other can go on to pay for
             about["run"] = receipt.run_id
+        # Before the run is written down: one of the ledger without a book is taken for one that lost it.
         book = AnswerBook(":memory:" if folder is None else folder.path / _BOOK, plan.aggregator, about)
+        report.start(receipt)
         if not config.non_private:
             commit_again(reservation, book)
         random = Randomness.secret()

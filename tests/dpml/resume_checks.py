@@ -7,6 +7,7 @@ numbers, and no two steps share their noise.
 
 import json
 import os
+import re
 import signal
 import stat
 import traceback
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -103,30 +105,74 @@ def in_a_child(work: Callable[[pytest.MonkeyPatch], Any]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+# ---------------------------------------------------------------- what a run says
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """What a completed run says and leaves, but for times, and for what depends on others in its ledger."""
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["train_seconds"]
+    statement = (folder / "statement.md").read_text("utf-8")
+    if summary["ledger"] is not None:
+        summary["ledger"] = {key: summary["ledger"][key] for key in ("name", "budget", "rule", "caveat")}
+        statement = re.sub("of which ε = .*? looks for it", "", statement)
+    events = json.loads((folder / "privacy_events.json").read_text())
+    return {"summary": summary, "statement": statement, "events": events, "weights": weights(folder)}
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What a run shows in TensorBoard, but for its speed."""
+    # Files are read by the second in their name, and processes here may share one.
+    for number, path in enumerate(sorted(folder.glob("events*"), key=lambda p: p.stat().st_mtime_ns)):
+        path.rename(folder / f"events.out.tfevents.{number:010d}")
+    shown = EventAccumulator(str(folder))
+    shown.Reload()
+    return {
+        tag: [(point.step, point.value) for point in shown.Scalars(tag)]
+        for tag in shown.Tags()["scalars"]
+        if tag != "speed/examples_per_second"
+    }
+
+
+def check_same(folder: Path, other: Path) -> None:
+    """Assert that two completed DP-SGD runs say, show and leave the same, and nothing besides."""
+    assert told(folder) == told(other)
+    shown = curves(folder)
+    assert shown == curves(other)
+    assert all(len({step for step, _ in points}) == len(points) for points in shown.values())
+    check_nothing_left(folder)
+
+
 # ---------------------------------------------------------------- what was released
 
 
 def record_releases(patch: pytest.MonkeyPatch, log: Path) -> None:
-    """Append (step, sum, noisy sum) of each release to a file; the step is how many were committed."""
+    """Append (step, sum, noisy sum) of each release to a file; the step is how many were committed.
+
+    The plan is of one kind of step. Each line begins anew: a kill may have torn the one before.
+    """
     original = SampledGaussianMechanism.release
 
     def release(self: SampledGaussianMechanism, clipped: Any, reservation: Any) -> list[Tensor]:
         before = _flat(clipped.gradients)
         noisy = original(self, clipped, reservation)
         with log.open("a") as file:
-            line = [reservation.committed_of(self.event), before.tolist(), _flat(noisy).tolist()]
-            file.write(json.dumps(line) + "\n")
+            line = [reservation.committed, before.tolist(), _flat(noisy).tolist()]
+            file.write("\n" + json.dumps(line) + "\n")
         return noisy
 
     patch.setattr(SampledGaussianMechanism, "release", release)
 
 
 def released(log: Path) -> list[tuple[int, Any, Any]]:
-    return [(step, *map(np.array, sums)) for step, *sums in map(json.loads, log.read_text().splitlines())]
+    """What `record_releases` has written, but for lines that a kill has torn."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    whole = [line for line in lines if line.endswith("]]")]
+    return [(step, *map(np.array, sums)) for step, *sums in map(json.loads, whole)]
 
 
-def check_released(log: Path) -> None:
-    """Raise PrivacyViolation unless all processes together released each step once."""
+def check_released(log: Path, planned: int = STEPS) -> None:
+    """Raise PrivacyViolation unless all processes together released each of the planned steps once."""
     steps: dict[int, tuple[Any, Any]] = {}
     for step, total, noisy in released(log):
         was_total, was_noisy = steps.setdefault(step, (total, noisy))
@@ -134,8 +180,8 @@ def check_released(log: Path) -> None:
             raise PrivacyViolation(f"sum: step {step} was done again with another sum")
         if not np.array_equal(was_noisy, noisy):
             raise PrivacyViolation(f"noise: step {step} was released twice, with fresh noise")
-    if sorted(steps) != list(range(1, STEPS + 1)):
-        raise PrivacyViolation(f"steps: {sorted(steps)} were released of {STEPS}")
+    if sorted(steps) != list(range(1, planned + 1)):
+        raise PrivacyViolation(f"steps: {sorted(steps)} were released of {planned}")
     noises = [noisy - total for total, noisy in steps.values()]
     for i, one in enumerate(noises):
         if any(np.allclose(one, other, atol=1e-4) for other in noises[:i]):

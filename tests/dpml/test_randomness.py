@@ -84,6 +84,22 @@ def test_a_seed_repeats_its_stream_and_is_not_secret():
     assert np.array_equal(Randomness.from_seed(np.int64(5), "noise").words(3), stream(5).words(3))
 
 
+def test_a_branch_follows_from_key_and_name_alone():
+    stream = Randomness.from_seed(1, "noise")
+    first = stream.branch(b"a").words(100)
+    stream.words(7)
+    assert np.array_equal(stream.branch(b"a").words(100), first)
+    others = [
+        stream.branch(b"b"),
+        Randomness.from_seed(2, "noise").branch(b"a"),
+        Randomness.from_seed(1, "noise"),
+    ]
+    for other in others:
+        assert not np.intersect1d(other.words(100), first).size
+    assert not stream.branch(b"a").is_secret
+    assert Randomness.secret().branch(b"a").is_secret
+
+
 def test_secret_streams_are_keyed_by_the_operating_system(monkeypatch):
     a, b = Randomness.secret(), Randomness.secret()
     assert a.is_secret

@@ -3,12 +3,9 @@
 import errno
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import stat
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from resume_checks import (
     check_nothing_left,
     check_private,
     check_released,
+    check_same,
     go_on,
     in_a_child,
     kill,
@@ -30,9 +28,7 @@ from resume_checks import (
     records,
     refusal,
     train,
-    weights,
 )
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -69,32 +65,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without privacy": {"non_private": True, "noise_multiplier": None},
     "records one by one": {"train_set": [(x, int(y)) for x, y in records()]},
 }
-
-
-def told(folder: Path) -> dict[str, Any]:
-    """What a completed run says, but for times; and its curves."""
-    summary = json.loads((folder / "summary.json").read_text())
-    del summary["train_seconds"]
-    # Files are read by the second in their name, and processes here may share one.
-    for number, path in enumerate(sorted(folder.glob("events*"), key=lambda p: p.stat().st_mtime_ns)):
-        path.rename(folder / f"events.out.tfevents.{number:010d}")
-    curves = EventAccumulator(str(folder))
-    curves.Reload()
-    points = {
-        tag: [(point.step, point.value) for point in curves.Scalars(tag)]
-        for tag in curves.Tags()["scalars"]
-        if tag != "speed/examples_per_second"
-    }
-    events = json.loads((folder / "privacy_events.json").read_text())
-    return {"summary": summary, "curves": points, "events": events, "weights": weights(folder)}
-
-
-def check_same(folder: Path, other: Path) -> None:
-    one, two = told(folder), told(other)
-    assert one == two
-    assert all(len({step for step, _ in points}) == len(points) for points in one["curves"].values())
-    assert (folder / "statement.md").read_text() == (other / "statement.md").read_text()
-    check_nothing_left(folder)
 
 
 @pytest.mark.parametrize(
@@ -174,51 +144,6 @@ def test_sigkill_at_every_boundary(boundary: str, tmp_path: Path, uninterrupted:
         go_on(folder, insecure_noise_seed=3)
     check_released(log)
     check_same(folder, uninterrupted)
-
-
-def run_with_kills(folder: Path, log: Path, kills: int, seconds: float, **settings: Any) -> int:
-    """Kill and resume a run at random moments, at most so often; return how often it was killed."""
-    dice, killed = random.Random(), 0
-
-    def work(patch: Patch) -> None:
-        record_releases(patch, log)
-        signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.001, seconds))
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        go_on(folder, **settings)
-
-    while killed < kills:
-        status = in_a_child(work)
-        assert status in (0, -signal.SIGKILL)
-        if status == 0:
-            return killed
-        killed += 1
-        if (folder / resuming.CHECKPOINT_FOLDER / CHECKPOINT_FILE).exists():
-            checkpoint.read(folder / resuming.CHECKPOINT_FOLDER / CHECKPOINT_FILE)
-        if (folder / "summary.json").exists():
-            assert "complete" in refusal(folder, **settings)
-            return killed
-    with pytest.MonkeyPatch.context() as patch:
-        record_releases(patch, log)
-        go_on(folder, **settings)
-    return killed
-
-
-@pytest.mark.parametrize("seed", [3, None])
-def test_sigkill_at_random_moments(seed: int | None, tmp_path: Path, uninterrupted: Path) -> None:
-    """DPML_KILLS says how many; a secret run is checked by what it released."""
-    kills, killed, number = int(os.environ.get("DPML_KILLS", "6")), 0, 0
-    began = time.monotonic()
-    train(None, insecure_noise_seed=seed)
-    seconds = 1.5 * (time.monotonic() - began)
-    while killed < kills:
-        folder, log = tmp_path / str(number), tmp_path / f"{number}.log"
-        killed += run_with_kills(folder, log, min(4, kills - killed), seconds, insecure_noise_seed=seed)
-        check_released(log)
-        check_nothing_left(folder)
-        if seed is not None:
-            check_same(folder, uninterrupted)
-        number += 1
-    print(f"{killed} kills in {number} runs")
 
 
 def stop_at(step: int) -> Any:
@@ -466,16 +391,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: P
     assert [path.name for path in at(folder).parent.iterdir()] == [CHECKPOINT_FILE]
     assert checkpoint.read(at(folder))["state"]["step"] == 0
     assert go_on(folder, insecure_noise_seed=3).status == "completed"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_cannot_be_written_to(killed: Path) -> None:
-    before = stat.S_IMODE(killed.stat().st_mode)
-    killed.chmod(0o500)
-    try:
-        assert "cannot be written to" in refusal(killed)
-    finally:
-        killed.chmod(before)
 
 
 # ---------------------------------------------------------------- planted faults

@@ -563,6 +563,9 @@ def test_a_release_that_died_after_its_commit_is_forfeited_for_ever(committed, f
     for _ in range(2):
         with closing(AnswerBook(folder / "book", make())) as book:
             assert book.release("epsilon", lambda: "1.5") == (None if committed else "1.5")
+    with closing(AnswerBook(folder / "book", make())) as book:  # of a run with a known seed nothing is
+        assert book.release("epsilon", lambda: "1.5", is_secret=False) == "1.5"
+        assert book.release("epsilon", lambda: "2.5", is_secret=False) == "1.5"
 
 
 # ---------------------------------------------------------------- a full disk

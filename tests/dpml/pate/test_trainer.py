@@ -6,7 +6,6 @@ import stat
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,60 +160,6 @@ def test_a_published_epsilon_is_paid_for_and_replayed(tmp_path):
     summary.unlink()
     again = run_pate(read_run(tmp_path / "run"), output=tmp_path / "run", resume=True)
     assert again.summary["sanitised_epsilon"] == result.summary["sanitised_epsilon"]
-
-
-KILLED = """
-import sys, os, signal
-sys.path.insert(0, {here!r})
-import dpml
-from dpml.pate import answers
-from dpml.pate.trainer import run_pate, train_pate
-name, when, resume = {name!r}, {when!r}, {resume!r}
-original = getattr(answers.AnswerBook, name)
-calls = 0
-def killed(self, *args):
-    global calls
-    calls += 1
-    if calls == 2 and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = original(self, *args)
-    if calls == 2 and when == "after":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-setattr(answers.AnswerBook, name, killed)
-answers.Desk.__dataclass_fields__["block"].default
-run = dpml.PATERun(**{config!r})
-run_pate(run, output={folder!r})
-"""
-
-
-@pytest.mark.parametrize("name", ["commit_answers", "persist_answers"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_killed_run_goes_on_and_pays_once(name, when, tmp_path):
-    config = {
-        "dataset": "digits", "noise_multiplier": 4.0, "queries": 150, "delta": 1e-5, **QUICK,
-    }  # fmt: skip
-    folder = tmp_path / "run"
-    script = KILLED.format(
-        here=str(Path.cwd()), name=name, when=when, resume=False, config=config, folder=str(folder)
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (folder / "summary.json").exists()
-    run = read_run(folder)
-    data = dpml.load("digits")
-    keys = query_keys(data.x_test[:324])
-    before = AnswerBook(folder / "answers.sqlite", _plan(run), _about()).states(keys)
-    result = run_pate(run, output=folder, resume=True)
-    after = AnswerBook(folder / "answers.sqlite", _plan(run), _about()).states(keys)
-    for old, new in zip(before, after, strict=True):
-        if old is not None:  # what was paid stays as it was: answered or forfeited
-            assert old == new
-    assert result.summary["status"] == "completed"
-    assert result.summary["queries_asked"] == 150
-    assert result.summary["epsilon"] == pytest.approx(epsilon_of([result.planned]), rel=1e-9)
-    with pytest.raises(UserError, match="complete"):
-        read_run(folder)
 
 
 def _plan(run):
