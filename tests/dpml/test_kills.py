@@ -134,7 +134,7 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Kind, str]] = {
     "damaged checkpoint": (_damaged_checkpoint, TRAIN, "is damaged"),
     "no answer leased": (_nothing_leased, PATE, "record: 16 checks"),
     "nothing paid": (_nothing_paid, PATE, "record: noise was drawn for .* without payment"),
-    "forfeited is drawn again": (_forfeited_is_drawn_again, PATE, "draws: "),
+    "forfeited is drawn again": (_forfeited_is_drawn_again, PATE, "kept: .* had been final"),
 }
 
 
