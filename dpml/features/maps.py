@@ -20,8 +20,8 @@ _BLOCKS = {
 }
 _LEAST_SIDE = 16
 _SYNTHETIC, _SEED = 600, 2
-_WHITENING = 0.5
-"""0 would leave maps as they are, 1 make them white."""
+_WHITENING = {1: 0.8, 3: 0.5}
+"""By channels: 0 would leave maps as they are, 1 make them white."""
 _SHARES = {"scattering": 1.0, "coarse-scattering": 0.5, "patches": 1.0, "coarse-patches": 0.5}
 """Of a block in the squared norm, relative to each other."""
 _RIDGE = 1e-2
@@ -32,7 +32,7 @@ _CHUNK = 8  # more would leave the processor's cache
 class FeatureMap:
     """Features of images of one shape.
 
-    The maps of each block (`dpml.features.blocks`) are centred and half whitened, by their mean and
+    The maps of each block (`dpml.features.blocks`) are centred and partly whitened, by their mean and
     covariance on synthetic images: what varies most in all images then drowns less of what tells them apart,
     and less of a clipped gradient is spent on it. Together they are scaled to norm 1; a coarse block has half
     the share of another.
@@ -60,7 +60,8 @@ class FeatureMap:
         self.example_shape = tuple(example_shape)
         self.blocks = blocks_of(_BLOCKS[name], example_shape[0])
         images = dead_leaves(_SYNTHETIC, *example_shape, seed=_SEED)
-        self._whitenings = {name: _whitening(self._maps(name, images)) for name in self.blocks}
+        power = _WHITENING[example_shape[0]]
+        self._whitenings = {name: _whitening(self._maps(name, images), power) for name in self.blocks}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features, float32 [n, size], of float32 images [n, *example_shape] in [0, 1]."""
@@ -89,9 +90,9 @@ class FeatureMap:
         return torch.cat([self.blocks[name](part) for part in torch.split(images, _CHUNK)])
 
 
-def _whitening(maps: Tensor) -> tuple[Tensor, Tensor]:
+def _whitening(maps: Tensor, power: float) -> tuple[Tensor, Tensor]:
     """The mean of each map, [maps, 1, 1], and a power of their covariance over all places, [maps, maps]."""
     mean = maps.mean(dim=(0, 2, 3))[:, None, None]
     values, vectors = torch.linalg.eigh(torch.cov((maps - mean).double().transpose(0, 1).flatten(1)))
-    scales = (values.clamp(min=0) + _RIDGE * values.mean()) ** (-_WHITENING / 2)
+    scales = (values.clamp(min=0) + _RIDGE * values.mean()) ** (-power / 2)
     return mean, (vectors * scales @ vectors.T).float()
