@@ -98,6 +98,6 @@ class SampledGaussianMechanism:
 
 def set_gradients(parameters: Iterable[nn.Parameter], sums: Iterable[Tensor], divisor: float) -> None:
     """Set each parameter's gradient to its sum over `divisor`, in the parameter's own type."""
-    divisor = check_number(divisor, "divisor", "set_gradients", low=0, high=1e15, closed="right")
+    divisor = check_number(divisor, "divisor", "set_gradients", low=1e-15, high=1e15, closed="both")
     for parameter, total in zip(parameters, sums, strict=True):
         parameter.grad = (total / divisor).to(dtype=parameter.dtype, device=parameter.device)

@@ -74,7 +74,7 @@ class NormalDraw(Draw):
 
     def __init__(self, randomness: Randomness, count: int) -> None:
         super().__init__(randomness)
-        half = (count + 1) // 2
+        half = (check_count(count, "count", "NormalDraw") + 1) // 2
         self._u, self._v = randomness.words(half) >> np.uint64(12), randomness.words(half) >> np.uint64(12)
         u = _middle(self._u)
         radius = np.sqrt(-2 * np.log(u))
@@ -169,7 +169,7 @@ class Randomness:
         """
         try:
             key, secret, position = bytes.fromhex(state["key"]), state["is_secret"], state["position"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"This is no state of a stream: {type(error).__name__}.") from error
         _check_stream(key, secret, position)
         self.is_secret = secret

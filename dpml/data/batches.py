@@ -104,8 +104,16 @@ class Examples:
                 yield inputs, targets, len(chunk)
         else:
             for chunk in chunks:
-                inputs, targets = default_collate([self._data[i] for i in chunk.tolist()])
+                inputs, targets = _collated([self._data[i] for i in chunk.tolist()])
                 yield inputs, targets, len(chunk)
+
+
+def _collated(records: list[Any]) -> Any:
+    try:
+        return default_collate(records)
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"The records cannot be put together in one batch: {reason}.") from error
 
 
 def check_records(data: Any, name: str) -> None:

@@ -9,6 +9,7 @@ Beside them, a larger one for images, "wrn-16-4", and `TransformerClassifier` fo
 """
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -18,6 +19,9 @@ from accounting.events import shown
 from dpml.models.networks import cnn, linear, mlp
 from dpml.models.transformer import TransformerClassifier
 from dpml.models.wide_resnet import WideResNet, wrn_16_4
+
+_MOST_NUMBERS, _MOST_CLASSES = 10**7, 10**6
+"""Of an example, and to tell apart; more is a mistake, whose layers would not fit in memory."""
 
 __all__ = ["MODELS", "TransformerClassifier", "WideResNet", "build"]
 
@@ -56,6 +60,8 @@ def build(name: str, example_shape: Sequence[int], classes: int) -> nn.Module:
             f"The shape of an example must be one or more positive integers, got {shown(example_shape)}: "
             "leave out the batch axis."
         )
-    if type(classes) is not int or classes < 2:
-        raise UserError(f"A model needs an integer of at least 2 classes, got {shown(classes)}.")
+    if math.prod(shape) > _MOST_NUMBERS:
+        raise UserError(f"An example must have at most 10^7 numbers. Its shape is {shown(example_shape)}.")
+    if type(classes) is not int or not 2 <= classes <= _MOST_CLASSES:
+        raise UserError(f"A model needs an integer of 2 to 10^6 classes, got {shown(classes)}.")
     return MODELS[name](shape, classes)

@@ -89,7 +89,7 @@ class AnswerBook:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"The answers {str(path)!r} cannot be opened ({reason}).") from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise UserError(f"{str(path)!r} holds no answers ({error}); is it the right file?") from error
         if found is not None and found[0] != title:
             raise UserError(

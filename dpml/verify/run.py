@@ -109,8 +109,12 @@ def verify_run(folder: str | os.PathLike[str], *, seconds: float = 60.0) -> Veri
     """
     path = check_path(folder, "run")
     seconds = check_number(seconds, "seconds", "verify_run", low=0, high=1e6)
-    if not path.is_dir():
-        raise UserError(f"There is no run {str(path)!r}: it is no folder.")
+    try:
+        is_folder = path.is_dir()
+    except OSError:  # of a name that is too long
+        is_folder = False
+    if not is_folder:
+        raise UserError(f"There is no run {str(path)[:200]!r}: it is no folder.")
     if not any(os.path.lexists(path / name) for name in ("privacy_events.json", "summary.json")):
         raise UserError(f"{str(path)!r} is no run: it holds neither privacy_events.json nor summary.json.")
     checks: list[Check] = []

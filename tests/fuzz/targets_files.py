@@ -38,7 +38,8 @@ def write_mutated(draw: Draw, path: Path) -> None:
     """Change a file: its JSON, its bytes, or what it is."""
     kind = draw.random()
     if kind < 0.5 and path.suffix == ".json":
-        path.write_text(json.dumps(draw.mutated_json(json.loads(path.read_text()))))
+        with contextlib.suppress(ValueError):  # it was damaged before
+            path.write_text(json.dumps(draw.mutated_json(json.loads(path.read_text()))))
     elif kind < 0.95:
         path.write_bytes(draw.mutated_bytes(path.read_bytes()))
     else:

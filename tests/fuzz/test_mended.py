@@ -199,3 +199,44 @@ def test_words_that_no_line_takes(words: list[str], capsys: pytest.CaptureFixtur
     assert message.startswith("dpml: error: ")
     assert message.count("\n") == 1
     assert len(message) < 1100
+
+
+def test_odd_records_sizes_and_divisors_get_one_line() -> None:
+    class Odd(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.zeros(2), object()
+
+    with pytest.raises(UserError, match="cannot be put together in one batch"):
+        dpml.Examples(Odd(), 2, 0, torch.device("cpu"), 1).probe()
+    for shape, classes in (((10**5000,), 2), ((10**9,), 2), ((4,), 10**12)):
+        with pytest.raises(UserError, match=r"10\^7 numbers|10\^6 classes"):
+            dpml.build("mlp", shape, classes)
+    parameter = nn.Parameter(torch.zeros(3))
+    with pytest.raises(UserError, match="divisor"):
+        dpml.set_gradients([parameter], [torch.ones(3)], 5e-324)
+
+
+def test_odd_counts_and_states_of_a_stream_get_one_line() -> None:
+    stream = dpml.Randomness.from_seed(0, "test")
+    with pytest.raises(UserError, match="count"):
+        stream.normals({1})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no state of a stream"):
+        stream.restore(np.float64(1))  # type: ignore[arg-type]
+
+
+def test_a_book_whose_text_is_no_text_is_refused(tmp_path: Path) -> None:
+    given = aggregator("gnmax", noise_multiplier=4.0, queries=3)
+    AnswerBook(tmp_path / "book", given).close()
+    content = (tmp_path / "book").read_bytes()
+    assert b"CREATE TABLE queries" in content
+    (tmp_path / "book").write_bytes(content.replace(b"CREATE TABLE queries", b"CREATE T\xaaBLE queries"))
+    with pytest.raises(UserError, match="holds no answers"):
+        AnswerBook(tmp_path / "book", given)
+
+
+def test_a_name_that_no_folder_can_have_is_no_run() -> None:
+    with pytest.raises(UserError, match="it is no folder"):
+        verify_run("x" * 5000)
