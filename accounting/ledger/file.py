@@ -213,7 +213,7 @@ class LedgerFile:
                     raise
         except sqlite3.OperationalError as error:
             raise OSError(f"the ledger {str(self.path)!r} cannot be used: {error}") from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise LedgerBroken(self.path, str(error)) from error
 
     def _check_schema(self, base: sqlite3.Connection, write: bool) -> None:

@@ -63,5 +63,7 @@ def build(name: str, example_shape: Sequence[int], classes: int) -> nn.Module:
     if math.prod(shape) > _MOST_NUMBERS:
         raise UserError(f"An example must have at most 10^7 numbers. Its shape is {shown(example_shape)}.")
     if type(classes) is not int or not 2 <= classes <= _MOST_CLASSES:
-        raise UserError(f"A model needs an integer of 2 to 10^6 classes, got {shown(classes)}.")
+        raise UserError(
+            f"A model needs an integer of at least 2 classes, at most 10^6, got {shown(classes)}."
+        )
     return MODELS[name](shape, classes)

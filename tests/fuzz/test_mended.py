@@ -212,7 +212,7 @@ def test_odd_records_sizes_and_divisors_get_one_line() -> None:
     with pytest.raises(UserError, match="cannot be put together in one batch"):
         dpml.Examples(Odd(), 2, 0, torch.device("cpu"), 1).probe()
     for shape, classes in (((10**5000,), 2), ((10**9,), 2), ((4,), 10**12)):
-        with pytest.raises(UserError, match=r"10\^7 numbers|10\^6 classes"):
+        with pytest.raises(UserError, match=r"at most 10\^"):
             dpml.build("mlp", shape, classes)
     parameter = nn.Parameter(torch.zeros(3))
     with pytest.raises(UserError, match="divisor"):
