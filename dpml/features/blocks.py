@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,15 +28,17 @@ def blocks_of(names: tuple[str, ...], channels: int) -> dict[str, Block]:
 
     Images in colour count as photographs: their maps are the mean over the image and its mirror image.
     """
-    mirror = channels == 3
-    wavelets, patches = Wavelets(), Patches(channels, _DIRECTIONS)
-    blocks: dict[str, Block] = {
-        "scattering": lambda x: _scattering(wavelets, x, mirror),
-        "coarse-scattering": lambda x: _scattering(wavelets, _halved(x), mirror),
-        "patches": lambda x: _filtered(patches, x, 8, mirror),
-        "coarse-patches": lambda x: _filtered(patches, _halved(x), 4, mirror),
-    }
-    return {name: blocks[name] for name in names}
+    return {name: _block(name, channels) for name in names}
+
+
+def _block(name: str, channels: int) -> Block:
+    mirror, coarse = channels == 3, name.startswith("coarse-")
+    block: Block
+    if name.endswith("scattering"):
+        block = partial(_scattering, Wavelets(), mirror=mirror)
+    else:
+        block = partial(_filtered, Patches(channels, _DIRECTIONS), cell=4 if coarse else 8, mirror=mirror)
+    return (lambda images: block(_halved(images))) if coarse else block
 
 
 def _scattering(wavelets: Wavelets, images: Tensor, mirror: bool) -> Tensor:
