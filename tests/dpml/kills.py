@@ -46,7 +46,7 @@ from dpml.cli import main as command
 
 KINDS: dict[str, Kind] = {
     "train": Training(
-        "train dpsgd --dataset digits --noise-multiplier 4 --delta 1e-5 --epochs 12 --batch-size 128",
+        "train dpsgd --dataset digits --noise-multiplier 12 --delta 1e-5 --epochs 100 --batch-size 128",
         PrivacyBudget(1.05, 1e-5),
     ),
     "pate": Answering(

@@ -23,7 +23,7 @@ from dpml.pate.answers import AnswerBook
 from dpml.randomness import Randomness
 
 Patch = pytest.MonkeyPatch
-TRAIN = replace(KINDS["train"], words=KINDS["train"].words.replace("--epochs 12", "--epochs 2"))
+TRAIN = replace(KINDS["train"], words=KINDS["train"].words.replace("--epochs 100", "--epochs 2"))
 PATE = KINDS["pate"]
 SWEEP = replace(
     KINDS["sweep"],
