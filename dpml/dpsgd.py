@@ -79,7 +79,8 @@ def run_dpsgd(
     run = replace(run, model=model_name(run, data))
     x_train, x_test = data.x_train, data.x_test
     if run.features != "none":
-        x_train, x_test = features_of(run.features, data, cached=not run.no_cache)
+        progress = _featuring(trackers)
+        x_train, x_test = features_of(run.features, data, cached=not run.no_cache, progress=progress)
     # The weights' seed must not touch the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -352,6 +353,21 @@ def _input_size(inputs: Any) -> int:
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         raise UserError("Only inputs that are one tensor of real numbers have a mean; leave out mean_noise.")
     return inputs[0].numel()
+
+
+def _featuring(trackers: Sequence[Tracker]) -> Callable[[str, int, int], None]:
+    """What tells trackers how features are computed: a phase for each block of training or test images."""
+    told = 0
+
+    def progress(block: str, done: int, total: int) -> None:
+        nonlocal told
+        for tracker in trackers:
+            if told == 0:
+                tracker.phase(f"features, {block}", total)
+            tracker.scalars(done, {})
+        told = done if done < total else 0
+
+    return progress
 
 
 def model_name(run: DPSGDRun, data: LabeledData) -> str:

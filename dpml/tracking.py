@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -55,7 +55,10 @@ class Tracker(Protocol):
         ...
 
     def phase(self, name: str, steps: int) -> None:
-        """A part of the run begins that counts its own steps, such as the training of teachers."""
+        """A part of the run begins that counts its own steps, such as the training of teachers.
+
+        Computing features is such a part, before the run itself begins.
+        """
         ...
 
     def scalars(self, step: int, values: Scalars) -> None:
@@ -96,26 +99,31 @@ class ProgressLine:
         )
         self._notes: dict[str, float] = {}
         self._steps, self._next_line = 0, 0.0
+        self._task: TaskID | None = None
 
     def start(self, planned_steps: int, config: Mapping[str, object]) -> None:
         """Show the bar."""
         del config
-        self._steps = planned_steps
-        self._task = self._progress.add_task(self._label, total=planned_steps, note="")
-        self._progress.start()
+        self._begin(self._label, planned_steps)
 
     def phase(self, name: str, steps: int) -> None:
         """Begin a new bar."""
-        self._progress.update(self._task, visible=False)
-        self._words = f"{self._label} {name}"
-        self._steps, self._next_line = steps, 0.0
-        self._task = self._progress.add_task(self._words, total=steps, note="")
+        self._begin(f"{self._label} {name}", steps)
+
+    def _begin(self, words: str, steps: int) -> None:
+        if self._task is None:
+            self._progress.start()
+        else:
+            self._progress.update(self._task, visible=False)
+        self._words, self._steps, self._next_line = words, steps, 0.0
+        self._task = self._progress.add_task(words, total=steps, note="")
 
     def scalars(self, step: int, values: Scalars) -> None:
         """Move the bar and show the newest figures."""
         self._notes.update(values)
         note = self._note()
-        self._progress.update(self._task, completed=step, note=note)
+        if self._task is not None:
+            self._progress.update(self._task, completed=step, note=note)
         share = step / max(1, self._steps)
         if not self._live and share >= self._next_line:
             line = f"{self._words}: step {step}/{self._steps} · {note}".removesuffix(" · ")

@@ -16,7 +16,7 @@ from torch import nn
 
 from accounting.errors import UserError
 from accounting.events import shown
-from dpml.models.networks import cnn, linear, mlp
+from dpml.models.networks import cnn, linear, linear_without_bias, mlp
 from dpml.models.transformer import TransformerClassifier
 from dpml.models.wide_resnet import WideResNet, wrn_16_4
 
@@ -29,6 +29,7 @@ MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "cnn": cnn,
     "mlp": mlp,
     "linear": linear,
+    "linear-without-bias": linear_without_bias,
     "wrn-16-4": wrn_16_4,
 }
 """From a name to a function of an example's shape and the number of classes. Add your own."""

@@ -13,6 +13,16 @@ def linear(example_shape: tuple[int, ...], classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(example_shape), classes))
 
 
+def linear_without_bias(example_shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """The same through the origin, for centred inputs x of norm 1.
+
+    A per-example gradient is e xᵀ, and with a bias [e xᵀ, e], where e is probabilities minus the label. The
+    bias thus takes half of the squared norm that is clipped, and centred classes of equal size do without.
+    The weights then learn the same from gradients whose noise is larger by √2.
+    """
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(example_shape), classes, bias=False))
+
+
 def mlp(example_shape: tuple[int, ...], classes: int) -> nn.Sequential:
     """Two hidden layers of 128 tanh units on the flattened example."""
     return nn.Sequential(

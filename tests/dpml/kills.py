@@ -128,8 +128,9 @@ def run(words: list[str], kind: Kind, place: Place, seconds: float | None) -> tu
         if left <= 0:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has not come to make its group
-                os.kill(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not come to make its group, or has ended by itself
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
             left = math.inf
     ended.close()
     if isinstance(process, subprocess.Popen):

@@ -286,6 +286,8 @@ def test_the_command_trains_on_features(call: Call, tmp_path: Path, own_cache: P
     outcome = call(line)
     assert outcome.status == 0
     assert own_cache.is_dir()
+    assert "own.npz features, patches: step 64/120\n" in outcome.err
+    assert "own.npz features, coarse-scattering: step 40/40\n" in outcome.err
 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["config"]["features"] == "scattering-patches"

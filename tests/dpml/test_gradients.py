@@ -161,6 +161,7 @@ MODELS = {
     "cnn colour": (lambda: models.build("cnn", (3, 20, 20), 3), floats(3, 20, 20)),
     "mlp": (lambda: models.build("mlp", (9,), 3), floats(9)),
     "linear": (lambda: models.build("linear", (2, 3), 3), floats(2, 3)),
+    "linear without bias": (lambda: models.build("linear-without-bias", (2, 3), 3), floats(2, 3)),
     "embedding": (lambda: Tokens(tied=False), tokens),
     "tied weights": (lambda: Tokens(tied=True), tokens),
     "one layer four times": (Recurrent, floats(6)),

@@ -25,8 +25,8 @@ IMAGES = [
 ]
 FLAT = [(1,), (30,), (5, 7), (1, 3, 3), (2, 3, 4, 5)]
 ALL = [
-    *[(name, shape) for name in ("cnn", "mlp", "linear") for shape in IMAGES],
-    *[(name, shape) for name in ("mlp", "linear") for shape in FLAT],
+    *[(name, shape) for name in ("cnn", "mlp", "linear", "linear-without-bias") for shape in IMAGES],
+    *[(name, shape) for name in ("mlp", "linear", "linear-without-bias") for shape in FLAT],
     *[("wrn-16-4", shape) for shape in [(3, 32, 32), (1, 28, 28), (1, 16, 16), (2, 17, 40)]],
 ]
 
@@ -69,11 +69,28 @@ def test_every_parameter_has_a_gradient(name, shape):
         ("mlp", (1, 28, 28), 785 * 128 + 129 * 128 + 129 * 10),
         ("linear", (1, 28, 28), 7_850),
         ("linear", (30,), 310),
+        ("linear-without-bias", (30,), 300),
         ("wrn-16-4", (3, 32, 32), 2_753_818),  # De et al. 2022
     ],
 )
 def test_number_of_parameters(name, shape, expected):
     assert sum(p.numel() for p in build(name, shape, classes=10).parameters()) == expected
+
+
+def test_a_bias_takes_half_of_the_squared_norm():
+    """Of a per-example gradient, for an input of norm 1: what the weights get is clipped by √2 more."""
+    x, y = torch.nn.functional.normalize(torch.randn(1, 30)), torch.tensor([2])
+
+    def gradients(model):
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    weight, bias = gradients(build("linear", (30,), 10))
+    [alone] = gradients(build("linear-without-bias", (30,), 10))
+    assert torch.equal(weight, alone)
+    torch.testing.assert_close(weight.norm(), bias.norm())
 
 
 def test_parameters_do_not_grow_with_the_image():
