@@ -219,8 +219,8 @@ class DPSGDRun(DPSGDConfig, DataSource):
     """A complete run: data, model, training."""
 
     model: str = "auto"
-    """The model: cnn, mlp, linear, linear-without-bias (for centred features and classes of about equal size) or
-    wrn-16-4; auto is cnn for images, mlp for other data, and linear on features of images."""
+    """The model: cnn, mlp, linear, linear-without-bias (for centred features and classes of about equal size)
+    or wrn-16-4; auto is cnn for images, mlp for other data, and linear on features of images."""
     features: FeatureMap = "none"
     """What the model sees of an image instead of its pixels: features that are fitted to no data, and so cost
     no privacy. scattering (wavelets), patches (random filters), or both (scattering-patches)."""

@@ -18,7 +18,7 @@ def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
         return DPSGDRun(
             dataset="cifar10",
             features="scattering-patches",
-            model="linear",
+            model="linear-without-bias",
             non_private=True,
             epochs=20,
             batch_size=512,
@@ -29,13 +29,13 @@ def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
     return DPSGDRun(
         dataset="cifar10",
         features="scattering-patches",
-        model="linear",
+        model="linear-without-bias",
         epsilon=wanted,
         delta=1e-5,
         epochs=20 if wanted < 5 else 40,
         batch_size=8192,
         clip_norm=0.1,
-        learning_rate=120.0 if wanted < 2 else 300.0 if wanted < 5 else 500.0,
+        learning_rate=160.0 if wanted < 2 else 350.0 if wanted < 5 else 500.0,
         schedule="trapezoidal",
         momentum=0.9,
         mean_noise=30.0,
@@ -79,7 +79,7 @@ def tramer2021(private: bool = True) -> DPSGDRun:
 
     Scales from synthetic images replace their normalisation by private means and variances.
     """
-    return replace(dpsgd(private), features="scattering")
+    return replace(dpsgd(private), features="scattering", model="linear")
 
 
 def pate(private: bool = True) -> PATERun:

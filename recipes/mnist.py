@@ -18,7 +18,7 @@ def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
         return DPSGDRun(
             dataset="mnist",
             features="scattering",
-            model="linear",
+            model="linear-without-bias",
             non_private=True,
             epochs=40,
             batch_size=512,
@@ -28,7 +28,7 @@ def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
     return DPSGDRun(
         dataset="mnist",
         features="scattering",
-        model="linear",
+        model="linear-without-bias",
         epsilon=epsilon or 3.0,
         delta=1e-5,
         epochs=40,
@@ -88,8 +88,8 @@ def tramer2021(private: bool = True) -> DPSGDRun:
 
     Their group normalisation is replaced by scales from synthetic images, so the learning rate is ours.
     """
-    run = dpsgd(private)
-    return replace(run, mean_noise=None) if not private else replace(run, mean_noise=None, clip_norm=0.1)
+    run = replace(dpsgd(private), model="linear", mean_noise=None)
+    return replace(run, clip_norm=0.1) if private else run
 
 
 def pate(private: bool = True) -> PATERun:

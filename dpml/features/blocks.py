@@ -14,10 +14,11 @@ from dpml.features.wavelets import Wavelets, mirrored_paths
 
 Block = Callable[[Tensor], Tensor]
 """From images, float32 [n, channels, height, width], to maps, float32 [n, maps, rows, columns]."""
-VERSION = 3
+VERSION = 4
 """Raised when a block changes: what was cached before is then computed anew."""
 
 _LOG_FLOOR = 1e-3
+_FILTERED_FLOOR = 1e-2
 _DIRECTIONS = 512
 # Brightness, and two contrasts of colours.
 _OPPONENT = ((1 / 3, 1 / 3, 1 / 3), (1 / 2, -1 / 2, 0.0), (1 / 4, 1 / 4, -1 / 2))
@@ -62,7 +63,9 @@ def _log(scattering: Tensor) -> Tensor:
 
 def _filtered(patches: Patches, images: Tensor, cell: int, mirror: bool) -> Tensor:
     x = patches(images, cell)
-    return (x + patches(images.flip(3), cell)) / 2 if mirror else x
+    if mirror:
+        x = (x + patches(images.flip(3), cell)) / 2
+    return (x + _FILTERED_FLOOR).log()
 
 
 def _halved(images: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Random patch features: one convolutional layer that is fitted to synthetic images, not to data.
 
 Each 6×6 patch is centred, whitened, scaled to norm 1 and compared with random directions; what exceeds a
-threshold is averaged over cells of the image. The whitening is for patches of equal contrast, so that the few
-with strong edges do not decide about it. A linear classifier on these is close to one
-with the arc-cosine kernel on patches (Cho & Saul 2009).
+threshold is averaged over overlapping windows of the image. The whitening is for patches of equal contrast,
+so that the few with strong edges do not decide about it. A linear classifier on these is close to one with
+the arc-cosine kernel on patches (Cho & Saul 2009).
 
 Sources: Coates, Lee & Ng, "An analysis of single-layer networks in unsupervised feature learning", 2011,
 with random directions in place of learned ones; Thiry et al., "The unreasonable effectiveness of patches in
@@ -48,19 +48,28 @@ class Patches:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, cell: int) -> Tensor:
-        """Averages over cells of `cell` pixels, float32 [n, maps, ⌈height/cell⌉, ⌈width/cell⌉].
+        """Averages about cells of `cell` pixels, float32 [n, maps, ⌈height/cell⌉, ⌈width/cell⌉].
 
         Args:
             images: Float32 [n, channels, height, width], sides of 6 or more. Continued by reflection.
-            cell: Side of a cell in pixels.
+            cell: Side of a cell in pixels, even.
         """
         height, width = images.shape[2:]
         x = pad(images, (0, -width % cell, 0, -height % cell), mode="replicate")
         white = conv2d(pad(x, _MARGINS, mode="reflect"), self._whitening)
         white /= white.square().sum(dim=1, keepdim=True).add_(_CONTRAST**2 * white.shape[1]).sqrt_()
         similar = conv2d(white, self._directions)
-        both = [avg_pool2d((sign * similar).sub_(_THRESHOLD).relu_(), cell) for sign in (1, -1)]
-        return torch.cat(both, dim=1)
+        both = [avg_pool2d((sign * similar).sub_(_THRESHOLD).relu_(), cell // 2) for sign in (1, -1)]
+        return _windows(torch.cat(both, dim=1))
+
+
+def _windows(halves: Tensor) -> Tensor:
+    """Averages about cells of 2×2, with weights 1, 2, 2, 1 along both axes: windows that overlap by half."""
+    n, maps = halves.shape[:2]
+    flat = pad(halves.reshape(n * maps, 1, *halves.shape[2:]), (1, 1, 1, 1), mode="replicate")
+    weights = torch.tensor([1.0, 2.0, 2.0, 1.0]) / 6
+    cells = conv2d(flat, torch.outer(weights, weights)[None, None], stride=2)
+    return cells.view(n, maps, *cells.shape[2:])
 
 
 @cache
