@@ -35,7 +35,7 @@ def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
         epochs=20 if wanted < 5 else 40,
         batch_size=8192,
         clip_norm=0.1,
-        learning_rate=160.0 if wanted < 2 else 350.0 if wanted < 5 else 500.0,
+        learning_rate=160.0 if wanted < 2 else 350.0 if wanted < 5 else 400.0,
         schedule="trapezoidal",
         momentum=0.9,
         mean_noise=30.0,
