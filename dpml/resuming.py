@@ -88,7 +88,10 @@ def read_run(folder: str | os.PathLike[str]) -> DPSGDRun | PATERun:
     except CannotResume:
         raise
     except OSError as error:
-        raise CannotResume(f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE}.") from error
+        raise CannotResume(
+            f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE}. A run that was killed before it was "
+            "written has released nothing: start it again in another folder."
+        ) from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CannotResume(f"{str(path / CONFIG_FILE)!r} is damaged: {error!s:.100}") from error
 
@@ -100,8 +103,13 @@ def require_unfinished(path: Path) -> None:
     except (OSError, ValueError, AttributeError, RecursionError):
         return
     if status in _OVER:
-        shutil.rmtree(path / CHECKPOINT_FOLDER, ignore_errors=True)
+        forget_checkpoint(path)
         raise CannotResume(f"The run {str(path)!r} is complete ({status}): there is nothing to resume.")
+
+
+def forget_checkpoint(path: Path) -> None:
+    """Delete what a kill has left of the checkpoint of a run that is over: it holds keys of noise."""
+    shutil.rmtree(path / CHECKPOINT_FOLDER, ignore_errors=True)
 
 
 def reopened(output: str | os.PathLike[str]) -> RunFolder:

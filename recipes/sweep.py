@@ -86,8 +86,16 @@ def _folder(output: str | os.PathLike[str]) -> Path:
 
 
 def _execute(plan: Plan, output: Path, processes: int, threads: int) -> pl.DataFrame:
+    from dpml.resuming import forget_checkpoint
     from recipes.sweep_statement import write_statement
-    from recipes.sweep_workers import ABANDONED, finished_summary, keep_events_alone, run_cells, sole_owner
+    from recipes.sweep_workers import (
+        ABANDONED,
+        RUNS,
+        finished_summary,
+        keep_events_alone,
+        run_cells,
+        sole_owner,
+    )
     from recipes.table import TABLE_FILE, summary_row, table_of
 
     with sole_owner(output):
@@ -116,6 +124,7 @@ def _execute(plan: Plan, output: Path, processes: int, threads: int) -> pl.DataF
             if finished_summary(output, cell) is None:
                 waiting.append(cell)
             else:
+                forget_checkpoint(output / RUNS / cell.name)
                 note(cell, None)
         with _Progress(len(plan.cells), len(plan.cells) - len(waiting)) as progress:
 

@@ -24,8 +24,11 @@ def run_or_reuse(run: Run, folder: Path, *, label: str | None) -> dict[str, Any]
     One that was cut short goes on. A folder with another run of ours, or one that cannot go on, is replaced;
     anything else is left alone and refused. Progress is shown under `label`, or not at all.
     """
+    from dpml.resuming import forget_checkpoint
+
     summary = read_summary(folder)
     if summary is not None and summary["status"] == "completed" and is_of(summary["config"], run):
+        forget_checkpoint(folder)
         return summary
     result = go_on(run, folder, label=label)
     if result is None:

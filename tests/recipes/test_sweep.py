@@ -17,6 +17,7 @@ import pytest
 
 from accounting import Gaussian, PoissonSampled, PrivacyAccountant, Repeated, UserError
 from dpml.cli import main
+from dpml.config import DPSGDRun
 from dpml.outputs import read_events
 from dpml.pate.config import PATERun
 from dpml.planning import ENGINE_SLACK
@@ -26,7 +27,7 @@ from recipes.sweep_plan import Plan, group_of
 from recipes.sweep_statement import compose
 from recipes.sweep_workers import set_aside
 from recipes.table import COLUMNS, read_runs, summary_row, table_of
-from recipes.trials import read_summary
+from recipes.trials import read_summary, run_or_reuse
 
 # Ctrl-C is to be heard also where the tests run in the background.
 MAIN = """
@@ -277,6 +278,26 @@ def test_of_an_abandoned_run_nothing_but_its_events_is_kept(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_a_kill_has_left_of_a_completed_run_goes(tmp_path: Path):
+    """A kill may come after the summary and before the checkpoint, with its keys, is deleted."""
+
+    def go() -> pl.DataFrame:
+        axes = {"noise_multiplier": [4.0], "epochs": [1.0]}
+        return sweep("dpsgd-digits", tmp_path / "a", axes, seeds=1, processes=1)
+
+    first = go()
+    checkpoint = tmp_path / "a" / "runs" / first["run"][0] / "checkpoint"
+    assert not checkpoint.exists()
+    checkpoint.mkdir()
+    (checkpoint / "keys").write_bytes(b"k")
+    assert go().equals(first)
+    assert not checkpoint.exists()
+    checkpoint.mkdir()
+    config = json.loads((checkpoint.parent / "summary.json").read_text())["config"]
+    run_or_reuse(DPSGDRun(**config), checkpoint.parent, label=None)
+    assert not checkpoint.exists()
+
+
 def test_24_runs_killed_at_random_end_with_the_same_24_rows(tmp_path: Path):
     """SIGKILL to the parent three times, at random moments; nothing that was finished is run again."""
     folder = tmp_path / "sweep"
