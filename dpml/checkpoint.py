@@ -16,7 +16,6 @@ when these are there, nothing is left of it.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -40,6 +39,7 @@ from accounting import UserError
 from accounting.budget import Receipt
 from dpml.gradients import native
 from dpml.outputs import RunFolder, write_private
+from dpml.paths import require_plain
 from dpml.resuming import CHECKPOINT_FOLDER, EVENTS_FILE, CannotResume, recorded_checkpoint, write_run
 from dpml.training_state import TrainingState
 
@@ -271,8 +271,7 @@ def read(path: Path) -> Any:
         CannotResume: if the file cannot be read, is no checkpoint of this version, or is damaged.
     """
     try:
-        if not path.is_file():
-            raise OSError(errno.EINVAL, "it is no plain file")  # a device or a pipe may have no end
+        require_plain(path)
         found = path.read_bytes()
         header = json.loads(found[8 : 8 + int.from_bytes(found[:8], "little")])
         metadata = header["__metadata__"]

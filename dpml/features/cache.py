@@ -21,6 +21,7 @@ from dpml.data.labeled import LabeledData
 from dpml.data.official import cache_folder
 from dpml.features.blocks import VERSION
 from dpml.features.maps import FeatureMap
+from dpml.paths import require_plain
 
 Progress = Callable[[str, int, int], None]
 """Told a block's name, how many images are done, and of how many."""
@@ -114,6 +115,7 @@ def _write(path: Path, chunks: Iterator[npt.NDArray[np.float16]], rows: int) -> 
 def _read(path: Path) -> Tensor | None:
     """An array of the cache, mapped into memory, if it is whole."""
     try:
+        require_plain(path)
         array = np.load(path, mmap_mode="c", allow_pickle=False)
         with path.open("rb") as file:
             file.seek(-_DIGEST, os.SEEK_END)

@@ -52,7 +52,7 @@ def build(name: str, example_shape: Sequence[int], classes: int) -> nn.Module:
         UserError: There is no such model, or it cannot take examples of that shape.
     """
     if not isinstance(name, str) or name not in MODELS:
-        close = difflib.get_close_matches(str(name).lower(), MODELS, n=1)
+        close = difflib.get_close_matches(name.lower(), MODELS, n=1) if isinstance(name, str) else []
         hint = f"did you mean {close[0]!r}? There are" if close else "choose one of"
         raise UserError(f"There is no model {shown(name)}; {hint} {', '.join(MODELS)}.")
     shape = tuple(example_shape) if isinstance(example_shape, Sequence) else ()

@@ -31,6 +31,7 @@ from dpml.pate.teachers import (
     train_convolutional,
     train_linear,
 )
+from dpml.paths import require_plain
 
 _VERSION = 2
 _VOTES = "votes.npy"
@@ -156,6 +157,7 @@ def _cached(folder: Path, public: int, classes: int, teachers: int) -> Voters | 
     """What is in the cache, if it is whole."""
     try:
         ensemble, _ = load_ensemble(folder)
+        require_plain(folder / _VOTES)
         votes = torch.from_numpy(np.load(folder / _VOTES, allow_pickle=False))
     except (UserError, OSError, ValueError, EOFError, SyntaxError, TokenError):  # a header is read as Python
         return None

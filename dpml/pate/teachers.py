@@ -30,7 +30,7 @@ from dpml.pate import native
 from dpml.pate.config import FEATURES
 from dpml.pate.features import Features, features_by_name
 from dpml.pate.partition import Partition
-from dpml.paths import check_path, read_text
+from dpml.paths import check_path, read_text, require_plain
 
 Progress = Callable[[int, int], None]
 """Called with the number of teachers that are trained, and of all."""
@@ -449,6 +449,7 @@ def load_ensemble(folder: str | os.PathLike[str]) -> tuple[Ensemble, dict[str, A
     path = check_path(folder, "ensemble")
     try:
         description = json.loads(read_text(path / _FILE))
+        require_plain(path / _WEIGHTS)
         tensors = safetensors.torch.load_file(path / _WEIGHTS)
     except OSError as error:
         raise UserError(f"The ensemble {str(path)!r} cannot be read ({error.strerror or error}).") from error

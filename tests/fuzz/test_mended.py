@@ -43,6 +43,7 @@ from dpml.features import cache
 from dpml.outputs import read_events
 from dpml.pate.aggregation import aggregator
 from dpml.pate.answers import AnswerBook
+from dpml.pate.teachers import load_ensemble
 from dpml.paths import read_text
 from dpml.verify import verify_run
 from recipes.sweep import sweep
@@ -63,6 +64,7 @@ CALLS: dict[str, Any] = {
     "a huge noise": lambda: Gaussian(HUGE),
     "a huge count": lambda: Repeated(Gaussian(1.0), HUGE),
     "no text": lambda: Gaussian(Odd()),
+    "a huge model": lambda: dpml.build(HUGE, (3,), 2),
     "a switch": lambda: dpml.DPSGDConfig(**DPSGD, log_not_private=HUGE),
     # Arrays, whose comparison is no yes or no.
     "a list of relations": lambda: PrivacyAccountant(neighboring_relation=np.array(["zero-out", "a"])),
@@ -148,6 +150,15 @@ def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
             read_text(path)
         with pytest.raises(UserError, match="plain file"):
             read_events(path)
+
+
+def test_a_pipe_in_a_cache_is_no_cache(tmp_path: Path) -> None:
+    """Nobody writes to it: whoever opens it waits for ever, and no signal helps."""
+    os.mkfifo(tmp_path / "ensemble.safetensors")
+    (tmp_path / "ensemble.json").write_text("{}")
+    with pytest.raises(UserError, match="plain file"):
+        load_ensemble(tmp_path)
+    assert cache._read(tmp_path / "ensemble.safetensors") is None
 
 
 def test_a_version_is_no_truth_value(tmp_path: Path) -> None:
