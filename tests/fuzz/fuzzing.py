@@ -428,9 +428,9 @@ def _words(error: BaseException) -> str:
 
 
 def shares(count: int, chosen: list[Target]) -> dict[str, int]:
-    """How many cases each target gets of `count`: at least one."""
+    """How many cases each target gets of `count`, rounded up."""
     whole = sum(each.share for each in chosen)
-    return {each.name: max(1, round(count * each.share / whole)) for each in chosen}
+    return {each.name: math.ceil(count * each.share / whole) for each in chosen}
 
 
 def load_targets() -> None:
