@@ -8,8 +8,8 @@ from dpml.registry import card
 
 
 @card(
-    reaches="69.1 % at ε = 1, 73.9 % at ε = 3, 77.4 % at ε = 8 (ours)",
-    cost="2 min on one core (5 at ε = 8), once the features are computed (12 min)",
+    reaches="72.6 % at ε = 1, 76.3 % at ε = 3, 79.0 % at ε = 8 (ours)",
+    cost="3 min on one core (6 at ε = 8), once the features are computed (12 min)",
     source="docs/results/cifar10-features.json",
 )
 def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
