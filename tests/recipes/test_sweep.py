@@ -277,7 +277,6 @@ def test_of_an_abandoned_run_nothing_but_its_events_is_kept(tmp_path: Path):
 # ---------------------------------------------------------------- killed processes
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_a_kill_has_left_of_a_completed_run_goes(tmp_path: Path):
     """A kill may come after the summary and before the checkpoint, with its keys, is deleted."""
 
@@ -298,6 +297,7 @@ def test_a_checkpoint_that_a_kill_has_left_of_a_completed_run_goes(tmp_path: Pat
     assert not checkpoint.exists()
 
 
+@pytest.mark.slow
 def test_24_runs_killed_at_random_end_with_the_same_24_rows(tmp_path: Path):
     """SIGKILL to the parent three times, at random moments; nothing that was finished is run again."""
     folder = tmp_path / "sweep"
