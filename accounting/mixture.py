@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri_exp
-from scipy.stats import binom
+from scipy.special import gammaln, logsumexp, ndtri_exp, xlog1py, xlogy
 
 from accounting.pairs import UNIT, FloatArray, Masses, Pair, normal_masses
 
@@ -29,16 +28,16 @@ class GroupGaussianPair(Pair):
     def _weights(self) -> tuple[FloatArray, FloatArray]:
         """Numbers of the group's records in the sample that matter, and their log probabilities."""
         j = np.arange(self.size + 1, dtype=np.float64)
-        log_weight = binom.logpmf(j, self.size, self.q)
+        others = self.size - j
+        log_weight = gammaln(self.size + 1) - gammaln(j + 1) - gammaln(others + 1)
+        log_weight += xlogy(j, self.q) + xlog1py(others, -self.q)
         keep = np.ones(len(j), dtype=bool)
-        if (
-            self.size > _MANY
-        ):  # a tail is moved to its upper end, which only makes the two easier to tell apart
+        if self.size > _MANY:
+            # A tail is moved to its upper end, which only makes the two easier to tell apart.
             keep = np.exp(log_weight) > 1e-30
             last = int(np.nonzero(keep)[0][-1])
+            log_weight[-1] = logsumexp(log_weight[min(last + 1, self.size) :])
             keep[-1] = True
-            rest = binom.logsf(last, self.size, self.q)
-            log_weight[-1] = rest if last < self.size else log_weight[-1]
         return j[keep], log_weight[keep]
 
     def _loss(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -20,9 +20,9 @@ _LEAST_NORM = 1e-100
 
 
 class Centred(nn.Module):
-    """From inputs [m, …] to u(u(x) − mean), float32 [m, size], where u scales a vector to norm 1.
+    """From inputs [m, …] to u(u(x) − mean), float32 of the same shape; u scales each row to norm 1.
 
-    It has no weights. `mean` is a buffer, zero until it is released, and part of the saved model.
+    It has no weights. `mean` is a buffer [size], zero until it is released, and part of the saved model.
     """
 
     def __init__(self, size: int) -> None:
@@ -33,7 +33,8 @@ class Centred(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Centre each row by itself."""
         normalize = nn.functional.normalize
-        return normalize(normalize(inputs.flatten(1).to(self.mean.dtype)) - self.mean)
+        rows = normalize(normalize(inputs.flatten(1).to(self.mean.dtype)) - self.mean)
+        return rows.view(inputs.shape)
 
 
 @dataclass(frozen=True, eq=False)

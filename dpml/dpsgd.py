@@ -124,7 +124,7 @@ def train_dpsgd(
     Args:
         model: Trained in place; it ends with the averaged weights if the configuration asks for them. Its
             layers must treat the examples of a batch independently. With `mean_noise` it gets centred
-            vectors [m, size], and the result's model is the centring followed by this one.
+            inputs of norm 1, and the result's model is the centring followed by this one.
         train_set: The private records: a map-style data set of (input, target) pairs.
         config: How to train.
         test_set: Public records for accuracy; (input, class) pairs.

@@ -32,7 +32,7 @@ _DIGEST = 32
 def features_of(
     name: str, data: LabeledData, *, cached: bool = True, progress: Progress = lambda *_: None
 ) -> tuple[Tensor, Tensor]:
-    """The features of a data set's training and test images, float16 [n, size].
+    """The features of a data set's training and test images, float16 [n, *shape], shape that of `FeatureMap`.
 
     Args:
         name: See `FeatureMap`.
@@ -54,7 +54,7 @@ def features_of(
 def _features(function: FeatureMap, images: Tensor, cached: bool, progress: Progress) -> Tensor:
     blocks = [_obtain(function, block, images, cached, progress) for block in function.blocks]
     if len(blocks) == 1:
-        return blocks[0]
+        return blocks[0].view(-1, *function.shape)
     parts = [torch.split(block, _CHUNK) for block in blocks]
     result = torch.empty(len(images), sum(block.shape[1] for block in blocks), dtype=torch.float16)
     for number, chunk in enumerate(zip(*parts, strict=True)):

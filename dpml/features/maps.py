@@ -1,7 +1,8 @@
-"""From images to vectors of norm 1, by name: wavelet scattering, random patches, or both."""
+"""From images to features of norm 1, by name: wavelet scattering, random patches, or both."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,6 +45,8 @@ class FeatureMap:
 
     Attributes:
         blocks: Functions from images to maps, by name.
+        shape: Of an image's features: `(maps, rows, columns)` of a single block, `(size,)` of several, whose
+            maps have different sides.
 
     Raises:
         UserError: for another name or shape.
@@ -61,11 +64,14 @@ class FeatureMap:
         self.blocks = blocks_of(_BLOCKS[name], example_shape[0])
         images = dead_leaves(_SYNTHETIC, *example_shape, seed=_SEED)
         power = _WHITENING[example_shape[0]]
-        self._whitenings = {name: _whitening(self._maps(name, images), power) for name in self.blocks}
+        maps = {name: self._maps(name, images) for name in self.blocks}
+        self._whitenings = {name: _whitening(block, power) for name, block in maps.items()}
+        shapes = [tuple(block.shape[1:]) for block in maps.values()]
+        self.shape = shapes[0] if len(shapes) == 1 else (sum(math.prod(shape) for shape in shapes),)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features, float32 [n, size], of float32 images [n, *example_shape] in [0, 1]."""
-        return self.joined([self.block(name, images) for name in self.blocks])
+        """Features, float32 [n, *shape], of float32 images [n, *example_shape] in [0, 1]."""
+        return self.joined([self.block(name, images) for name in self.blocks]).view(-1, *self.shape)
 
     @torch.no_grad()
     def block(self, name: str, images: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ class FeatureMap:
         return normalize(torch.einsum("oc,nchw->nohw", whitening, centred).flatten(1))
 
     def joined(self, blocks: Sequence[Tensor]) -> Tensor:
-        """Features of images, from all their blocks."""
+        """Features of images, float32 [n, size], from all their blocks."""
         weights = [_SHARES[name] ** 0.5 for name in self.blocks]
         weighted = [weight * block.float() for weight, block in zip(weights, blocks, strict=True)]
         return normalize(torch.cat(weighted, dim=1))

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from accounting.errors import UserError
@@ -26,6 +25,7 @@ from dpml.gradients.engine import (
     example_losses,
     trainable_parameters,
 )
+from dpml.gradients.rules import RULES
 
 
 def require_trainable(model: nn.Module, example: object = None, engine: Engine | None = None) -> None:
@@ -112,6 +112,8 @@ def make_trainable(model: nn.Module) -> nn.Module:
             if not child:
                 return group
             setattr(fixed.get_submodule(parent), child, group)
+    from opacus.validators import ModuleValidator  # see `dpml.gradients.rules`
+
     trainable: nn.Module = ModuleValidator.fix(fixed)
     return trainable
 
@@ -126,8 +128,7 @@ def _problem(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
         return "rescales the weights of the records that it sees, without noise; leave out max_norm"
     trainable = any(p.requires_grad for p in layer.parameters(recurse=False))
-    validators = ModuleValidator.VALIDATORS
-    if trainable and type(layer) in validators and validators[type(layer)](layer):
+    if trainable and type(layer) not in RULES and not _valid_by_opacus(layer):
         return (
             "cannot be trained with per-example gradients; pass fix_model=True to have it replaced, or "
             "choose another layer"
@@ -135,6 +136,13 @@ def _problem(layer: nn.Module) -> str | None:
     if trainable and any(True for _ in layer.buffers()):
         return "has buffers beside parameters of its own, which is not supported; put them into layers apart"
     return None
+
+
+def _valid_by_opacus(layer: nn.Module) -> bool:
+    from opacus.validators import ModuleValidator
+
+    validators = ModuleValidator.VALIDATORS
+    return type(layer) not in validators or not validators[type(layer)](layer)
 
 
 @contextmanager

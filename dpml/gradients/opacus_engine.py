@@ -6,9 +6,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from accounting.errors import UserError
@@ -21,6 +21,9 @@ from dpml.gradients.engine import (
     trainable_parameters,
 )
 from dpml.planning import ENGINE_SLACK
+
+if TYPE_CHECKING:
+    from opacus.grad_sample import GradSampleModule
 
 
 class OpacusEngine:
@@ -77,6 +80,8 @@ class OpacusEngine:
 @contextmanager
 def _per_example(model: nn.Module) -> Iterator[nn.Module]:
     """Attach Opacus's hooks for the duration of one sample, and leave the model as it was."""
+    from opacus.grad_sample import GradSampleModule  # see `dpml.gradients.rules`
+
     saved = [(p, p.grad) for p in model.parameters()]
     for parameter, _ in saved:
         parameter.grad = None  # a backward pass would add private gradients to the caller's tensor, in place

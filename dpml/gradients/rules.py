@@ -19,8 +19,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleModule
-from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -57,13 +55,21 @@ def rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
 def per_example(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """Forms of the gradients of the parameters that `layer` owns."""
     found = RULES.get(type(layer))
-    if found is not None:
-        return found(layer, x, g, views)
-    dtype = next(iter(trained(layer).values())).dtype  # these compute with the layer's own numbers
-    x, g = x.to(dtype) if x.is_floating_point() else x, g.to(dtype)
-    if type(layer) in GradSampleModule.GRAD_SAMPLERS:
-        return _by_opacus(layer, x, g, views)
-    return _again(layer, x, g, views)
+    if found is None:
+        found = _other_rule(type(layer))
+        dtype = next(iter(trained(layer).values())).dtype  # these compute with the layer's own numbers
+        x, g = x.to(dtype) if x.is_floating_point() else x, g.to(dtype)
+    return found(layer, x, g, views)
+
+
+def _other_rule(kind: type[nn.Module]) -> Rule:
+    # Imported when a layer needs it, for that takes about half as long as importing torch.
+    from opacus.grad_sample import GradSampleModule
+    from opacus.layers.dp_rnn import RNNLinear
+
+    if kind is RNNLinear:
+        return linear
+    return _by_opacus if kind in GradSampleModule.GRAD_SAMPLERS else _again
 
 
 def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -75,7 +81,7 @@ def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in own.items() if p not in inner} if inner else own
 
 
-@rule(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, RNNLinear)
+@rule(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 def linear(layer: nn.Linear, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """Y = Wx + b at each position."""
     x, g = (by_example(t.reshape(len(t), -1, t.shape[-1]), views) for t in (x, g))
@@ -186,6 +192,8 @@ def _views_summed(rows: Tensor, views: int) -> Tensor:
 
 def _by_opacus(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[PerExample]:
     """By the rule that Opacus has for this type (Yousefpour et al. 2021)."""
+    from opacus.grad_sample import GradSampleModule
+
     found = GradSampleModule.GRAD_SAMPLERS[type(layer)](layer, [x], g)
     names = {p: name for name, p in trained(layer).items()}
     kept = {names[p]: _views_summed(rows, views) for p, rows in found.items() if p in names}

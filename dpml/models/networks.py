@@ -36,33 +36,38 @@ def mlp(example_shape: tuple[int, ...], classes: int) -> nn.Sequential:
 
 
 def cnn(example_shape: tuple[int, ...], classes: int) -> nn.Sequential:
-    """The tanh convolutional networks of Papernot et al. 2020, and a smaller one.
+    """Tanh convolutional networks: Papernot et al. 2020's, a smaller one, and one for maps of features.
 
-    ===============  ====================================================
-    images           network
-    ===============  ====================================================
-    a side below 20  16 and 32 filters of 3×3, each pooled; 32 units
-    one channel      the paper's for MNIST (28×28: 26,010 parameters)
-    more channels    the paper's for CIFAR-10 (3×32×32: 550,570 parameters)
-    ===============  ====================================================
+    ==================  ================================================================
+    input               network
+    ==================  ================================================================
+    5 or more channels  Tramèr & Boneh 2021's for CIFAR-10: scaled to mean 0 and variance
+                        1 each, 64 filters of 3×3, pooled, 64 filters, linear
+    a side below 20     16 and 32 filters of 3×3, each pooled; 32 units
+    one channel         Papernot et al.'s for MNIST (28×28: 26,010 parameters)
+    2 to 4 channels     Papernot et al.'s for CIFAR-10 (3×32×32: 550,570 parameters)
+    ==================  ================================================================
 
-    A last map larger than 4×4, which is what both of the paper's networks end in, is averaged down
-    to 4×4. The number of parameters, and with it the norm of the noise, thus stops to grow
-    with the image.
+    A last map larger than 4×4, which is what the papers' networks end in, is averaged down to 4×4. The
+    number of parameters, and with it the norm of the noise, thus stops to grow with the image.
 
     Raises:
-        UserError: `example_shape` is not `(channels, height, width)`, or a side is below 4.
+        UserError: `example_shape` is not `(channels, height, width)`, or a side is below 4 (of maps, 2).
     """
-    if len(example_shape) != 3 or min(example_shape[1:]) < 4:
+    are_maps = example_shape[0] > 4
+    least = 2 if are_maps else 4
+    if len(example_shape) != 3 or min(example_shape[1:]) < least:
         raise UserError(
-            f"The model 'cnn' needs images of shape (channels, height, width), at least 4×4, got "
+            f"The model 'cnn' needs images of shape (channels, height, width), at least {least}×{least}, got "
             f"{example_shape}: choose 'mlp' or 'linear'."
         )
-    channels = example_shape[0]
-    if min(example_shape[1:]) < 20:
-        body, hidden = _small(channels), 32
+    channels, hidden = example_shape[0], 32
+    if are_maps:
+        body, hidden = _maps(channels), 0
+    elif min(example_shape[1:]) < 20:
+        body = _small(channels)
     elif channels == 1:
-        body, hidden = _mnist(), 32
+        body = _mnist()
     else:
         body, hidden = _cifar(channels), 128
     with torch.no_grad():  # the shape of the last map, from one blank image
@@ -70,13 +75,21 @@ def cnn(example_shape: tuple[int, ...], classes: int) -> nn.Sequential:
     if max(sides) > 4:
         sides = [min(side, 4) for side in sides]
         body.append(nn.AdaptiveAvgPool2d((sides[0], sides[1])))
-    return nn.Sequential(
-        *body,
-        nn.Flatten(),
-        nn.Linear(filters * math.prod(sides), hidden),
+    features = filters * math.prod(sides)
+    head: list[nn.Module] = [nn.Linear(features, hidden), nn.Tanh()] if hidden else []
+    return nn.Sequential(*body, nn.Flatten(), *head, nn.Linear(hidden or features, classes))
+
+
+def _maps(channels: int) -> list[nn.Module]:
+    """Halve the sides: 243×8×4 features end in 64 maps of 4×2."""
+    return [
+        nn.GroupNorm(1, channels, affine=False),
+        nn.Conv2d(channels, 64, 3, padding=1),
         nn.Tanh(),
-        nn.Linear(hidden, classes),
-    )
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.Tanh(),
+    ]
 
 
 def _small(channels: int) -> list[nn.Module]:

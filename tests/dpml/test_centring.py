@@ -294,6 +294,13 @@ def test_half_precision_rows_keep_to_the_norm() -> None:
     assert (Centred(30_000)(rows).norm(dim=1) - 1).abs().max() < 1e-5
 
 
+def test_centred_inputs_keep_their_shape() -> None:
+    centred, maps = Centred(24), torch.randn(5, 2, 3, 4)
+    centred.mean.copy_(torch.randn(24) / 10)
+    assert centred(maps).shape == maps.shape
+    assert torch.equal(centred(maps).flatten(1), centred(maps.flatten(1)))
+
+
 def test_without_privacy_the_mean_is_exact() -> None:
     config = DPSGDConfig(non_private=True, epochs=2, batch_size=20, mean_noise=5.0, learning_rate=0.01)
     x = torch.randn(RECORDS, SIZE) + 1

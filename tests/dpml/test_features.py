@@ -135,7 +135,7 @@ def test_features_of_a_row_depend_on_that_row_alone(
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
     changed = torch.cat([images[:4], torch.full_like(images[4:], torch.nan)])
     torch.testing.assert_close(maps[name](changed)[:4], together[:4], rtol=0, atol=1e-5)
-    assert (together.norm(dim=1) - 1).abs().max() < 1e-5
+    assert (together.flatten(1).norm(dim=1) - 1).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,7 +144,20 @@ def test_features_of_colour_images_do_not_change_when_mirrored(
 ) -> None:
     torch.testing.assert_close(maps[name](images.flip(3)), maps[name](images), rtol=0, atol=1e-4)
     grey = FeatureMap(name, (1, 18, 20))
-    assert (grey(images[:, :1].flip(3)) - grey(images[:, :1])).norm(dim=1).min() > 0.1
+    assert (grey(images[:, :1].flip(3)) - grey(images[:, :1])).flatten(1).norm(dim=1).min() > 0.1
+
+
+def test_features_of_one_block_are_maps_and_those_of_several_vectors(
+    maps: dict[str, FeatureMap], images: Tensor
+) -> None:
+    assert maps["scattering"].shape == (3 * PATHS, 5, 3)  # the left half; the right one holds the same
+    assert maps["scattering-patches"].shape == (3 * PATHS * (5 * 3 + 3 * 2) + 1024 * 3 * 3,)
+    assert maps["patches"].shape == (1024 * (3 * 3 + 3 * 3),)
+    for function in maps.values():
+        assert function(images).shape == (len(images), *function.shape)
+    # Map i of the features is map i of the block, whitened.
+    block = maps["scattering"].block("scattering", images).view(-1, *maps["scattering"].shape)
+    torch.testing.assert_close(maps["scattering"](images), block, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [19, 21, 22])
@@ -186,7 +199,7 @@ def test_features_come_from_the_cache_the_second_time(
     assert seen[-1] == ("scattering", 20, 20)
     assert ("scattering", 70, 70) in seen
     assert all(x.dtype == torch.float16 for x in first)
-    assert [len(x) for x in first] == [70, 20]
+    assert [x.shape for x in first] == [(70, PATHS, 4, 4), (20, PATHS, 4, 4)]
     files = sorted(own_cache.iterdir())
     assert len(files) == 2
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
@@ -271,15 +284,21 @@ def test_a_killed_writer_leaves_nothing_that_counts(own_cache: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_command_trains_on_features(call: Call, tmp_path: Path, own_cache: Path, channels: int) -> None:
+def striped(folder: Path, channels: int) -> Path:
+    """A file of 120 images and 40 more, of which every other has stripes."""
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 160)
     x = rng.integers(0, 256, (160, 16, 16, channels), dtype=np.uint8)
-    x[y == 1, ::2] //= 8  # stripes
-    np.savez(tmp_path / "own.npz", x_train=x[:120], y_train=y[:120], x_test=x[120:], y_test=y[120:])
+    x[y == 1, ::2] //= 8
+    np.savez(folder / "own.npz", x_train=x[:120], y_train=y[:120], x_test=x[120:], y_test=y[120:])
+    return folder / "own.npz"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_command_trains_on_features(call: Call, tmp_path: Path, own_cache: Path, channels: int) -> None:
+    path = striped(tmp_path, channels)
     line = (
-        f"train dpsgd --dataset {tmp_path / 'own.npz'} --features scattering-patches --mean-noise 0.2 "
+        f"train dpsgd --dataset {path} --features scattering-patches --mean-noise 0.2 "
         "--noise-multiplier 0.1 --delta 1e-3 --epochs 12 --batch-size 60 --clip-norm 0.1 --learning-rate 50 "
         f"--output {tmp_path / 'run'}"
     )
@@ -296,7 +315,8 @@ def test_the_command_trains_on_features(call: Call, tmp_path: Path, own_cache: P
     assert summary["test_accuracy"] > 0.9
     # The saved weights alone, with features of new images, give the accuracy that was reported.
     weights = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
-    images = torch.from_numpy(x[120:]).permute(0, 3, 1, 2).contiguous().float() / 255
+    data = np.load(path)
+    images = torch.from_numpy(data["x_test"]).permute(0, 3, 1, 2).contiguous().float() / 255
     from dpml.centring import Centred
 
     features = FeatureMap("scattering-patches", tuple(images.shape[1:]))(images)
@@ -305,8 +325,22 @@ def test_the_command_trains_on_features(call: Call, tmp_path: Path, own_cache: P
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(features.shape[1], 2)),
     )
     model.load_state_dict(weights)
-    right = (model(features).argmax(dim=1).numpy() == y[120:]).mean()
+    right = (model(features).argmax(dim=1).numpy() == data["y_test"]).mean()
     assert abs(right - summary["test_accuracy"]) <= 1 / 40
+
+
+@pytest.mark.parametrize("centred", ["", "--mean-noise 0.5"])
+def test_a_cnn_trains_on_maps_of_features(call: Call, tmp_path: Path, centred: str) -> None:
+    line = (
+        f"train dpsgd --dataset {striped(tmp_path, 3)} --features scattering --model cnn --noise-multiplier 0.1 "
+        f"--delta 1e-3 --epochs 8 --batch-size 60 --clip-norm 0.1 --learning-rate 20 {centred} "
+        f"--output {tmp_path / 'run'}"
+    )
+    outcome = call(line)
+    assert outcome.status == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["config"]["model"] == "cnn"
+    assert summary["test_accuracy"] > 0.9
 
 
 def test_the_command_says_what_is_wrong(call: Call, own_data: Path) -> None:

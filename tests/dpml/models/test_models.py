@@ -22,6 +22,10 @@ IMAGES = [
     (3, 27, 50),
     (4, 64, 64),
     (1, 96, 96),
+    (81, 7, 7),
+    (243, 8, 4),
+    (243, 4, 2),
+    (6, 40, 4),
 ]
 FLAT = [(1,), (30,), (5, 7), (1, 3, 3), (2, 3, 4, 5)]
 ALL = [
@@ -65,6 +69,7 @@ def test_every_parameter_has_a_gradient(name, shape):
     [
         ("cnn", (1, 28, 28), 26_010),  # Papernot et al. 2020, MNIST
         ("cnn", (3, 32, 32), 550_570),  # Papernot et al. 2020, CIFAR-10
+        ("cnn", (243, 8, 8), 187_210),  # Tramèr & Boneh 2021, CIFAR-10
         ("cnn", (1, 8, 8), 160 + 4_640 + 128 * 32 + 32 + 330),
         ("mlp", (1, 28, 28), 785 * 128 + 129 * 128 + 129 * 10),
         ("linear", (1, 28, 28), 7_850),
@@ -99,6 +104,7 @@ def test_parameters_do_not_grow_with_the_image():
 
     assert count(1, 28, 28) == count(1, 96, 64)
     assert count(3, 32, 32) == count(3, 65, 128)
+    assert count(243, 8, 8) == count(243, 24, 17)
 
 
 @pytest.mark.parametrize("name", MODELS)
