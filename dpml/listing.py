@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from dataclasses import MISSING, Field, fields
 
 import click
@@ -14,7 +15,8 @@ from dpml import registry
 from dpml.registry import Card, Recipe, Run
 from dpml.table import print_table
 
-_WIDTH = 100
+_LEAST_WIDTH = 100
+"""In columns; a wider terminal shows more in a line."""
 _UNKNOWN = Card(reaches="", cost="", source="")
 
 
@@ -22,7 +24,7 @@ def print_recipes() -> None:
     """Print a table of all registered recipes. One that is broken says so and hides no other."""
     table = Table(box=None, pad_edge=False, expand=True)
     table.add_column("recipe", no_wrap=True)
-    for column, share in (("what it is", 4), ("reaches", 3), ("costs", 2), ("source", 2)):
+    for column, share in (("what it is", 4), ("reaches", 3), ("costs", 2)):
         table.add_column(column, ratio=share, overflow="fold")
     for name, entry in registry.recipe_entries().items():
         try:
@@ -30,9 +32,10 @@ def print_recipes() -> None:
             card, words = registry.recipe_card(recipe) or _UNKNOWN, _first_line(recipe)
         except UserError as error:
             card, words = _UNKNOWN, str(error)
-        table.add_row(name, words, card.reaches, card.cost, card.source)
+        table.add_row(name, words, card.reaches, card.cost)
     if table.row_count:
-        Console(width=_WIDTH, markup=False, emoji=False, highlight=False).print(table)
+        width = max(_LEAST_WIDTH, shutil.get_terminal_size((_LEAST_WIDTH, 24)).columns)
+        Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def print_recipe(name: str) -> None:

@@ -2,8 +2,14 @@
 
 from dpml.config import DPSGDRun
 from dpml.pate.config import PATERun
+from dpml.registry import card
 
 
+@card(
+    reaches="89.8 % at ε = 0.85, 93.3 % at ε = 2.4 (ours)",
+    cost="3 s on 2 cores",
+    source="docs/results/digits-demo.json",
+)
 def dpsgd(private: bool = True) -> DPSGDRun:
     """Softmax regression on the 64 pixels of scikit-learn's digits, in seconds.
 
@@ -28,6 +34,7 @@ def dpsgd(private: bool = True) -> DPSGDRun:
     )
 
 
+@card(reaches="87.0 % at ε = 8 (ours)", cost="6 s on 2 cores", source="docs/results/digits-demo.json")
 def pate(private: bool = True) -> PATERun:
     """Papernot et al. 2017 in small: 30 ridge regressions on scikit-learn's digits, in seconds."""
     if not private:

@@ -41,6 +41,7 @@ def dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
     )
 
 
+@card(reaches="not measured", cost="2 min on one core", source="")
 def fashion_dpsgd(private: bool = True, epsilon: float | None = None) -> DPSGDRun:
     """The MNIST recipe on Fashion-MNIST."""
     return replace(dpsgd(private, epsilon), dataset="fashion-mnist")
@@ -92,6 +93,17 @@ def tramer2021(private: bool = True) -> DPSGDRun:
     return replace(run, clip_norm=0.1) if private else run
 
 
+@card(reaches="TODO", cost="8 min on one core", source="docs/results/scattering-cnn.json")
+def tramer2021_cnn(private: bool = True) -> DPSGDRun:
+    """Tramèr & Boneh 2021: a CNN on maps of scattering features, here the one that they have for CIFAR-10."""
+    return replace(tramer2021(private), model="cnn", learning_rate=8.0 if private else 0.05)
+
+
+@card(
+    reaches="98.6 % at ε = 1, 98.6 % at ε = 2 (ours)",
+    cost="3 min on 2 cores",
+    source="docs/results/pate-mnist.json",
+)
 def pate(private: bool = True) -> PATERun:
     """Papernot et al. 2018 with 250 ridge regressions on scattering features."""
     if not private:
@@ -99,6 +111,7 @@ def pate(private: bool = True) -> PATERun:
     return PATERun(dataset="mnist", epsilon=2.0, delta=1e-5)
 
 
+@card(reaches="not measured", cost="3 min on 2 cores", source="")
 def fashion_pate(private: bool = True) -> PATERun:
     """The MNIST recipe on Fashion-MNIST, where public images are mirrored too."""
     return replace(pate(private), dataset="fashion-mnist", student_flip=True)

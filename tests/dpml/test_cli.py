@@ -312,8 +312,12 @@ def test_no_recipes_at_all(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.default_run("dpsgd", "digits", private=True) is None
 
 
-def test_recipes_that_ship_load() -> None:
-    for name in registry.recipe_entries():
+def test_recipes_that_ship_load_and_say_what_they_reach_and_cost() -> None:
+    for name, entry in registry.recipe_entries().items():
+        card = registry.recipe_card(registry.load_recipe(entry))
+        assert card is not None, name
+        assert card.reaches, name
+        assert card.cost, name
         if name.startswith("dpsgd-"):
             for private in (True, False):
                 run = registry.default_run("dpsgd", name.removeprefix("dpsgd-"), private=private)

@@ -63,13 +63,16 @@ def test_a_registered_command_works_and_a_broken_one_spoils_nothing(call: Any) -
 
 
 @pytest.mark.usefixtures("registered")
-def test_recipes_show_their_cards_and_one_in_full(call: Any) -> None:
+def test_recipes_show_their_cards_and_one_in_full(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     table = call("recipes").out
-    for words in ("mine", "A recipe with a card.", "60 % at ε = 1", "nobody 2026", "theirs"):
+    for words in ("mine", "A recipe with a card.", "60 % at ε = 1", "a second", "theirs"):
         assert words in table
     assert max(map(len, table.splitlines())) <= 100
+    monkeypatch.setenv("COLUMNS", "180")
+    assert 140 < max(map(len, call("recipes").out.splitlines())) <= 180
     shown = call("recipes mine").out
-    for words in ("reaches  60 %", "--epsilon     5.0", "--dataset     nowhere.npz"):
+    for words in ("reaches  60 %", "nobody 2026", "--epsilon     5.0", "--dataset     nowhere.npz"):
         assert words in shown
     assert shown.endswith("dpml train dpsgd --recipe mine\n")
     assert "did you mean 'mine'" in call("recipes min").error()

@@ -95,7 +95,8 @@ def test_groups_have_the_most_noise_first_and_the_ceiling_last() -> None:
 
 
 _RECIPES = [digits.dpsgd, mnist.dpsgd, mnist.fashion_dpsgd, mnist.papernot2020, mnist.fashion_papernot2020]
-_RECIPES += [mnist.tramer2021, cifar10.dpsgd, cifar10.papernot2020, cifar10.tramer2021]
+_RECIPES += [mnist.tramer2021, mnist.tramer2021_cnn, cifar10.dpsgd, cifar10.papernot2020]
+_RECIPES += [cifar10.tramer2021, cifar10.tramer2021_cnn]
 
 
 @pytest.mark.parametrize("recipe", _RECIPES)
