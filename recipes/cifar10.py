@@ -92,10 +92,12 @@ def tramer2021_cnn(private: bool = True, epsilon: float | None = None) -> DPSGDR
 
     Their normalisation of groups of maps is replaced by scales from synthetic images and one group.
     """
-    run = replace(tramer2021(private), model="cnn", mean_noise=None)
+    run = replace(dpsgd(private, epsilon), features="scattering", model="cnn", mean_noise=None)
     if not private:
         return replace(run, learning_rate=0.05)
-    return replace(run, epsilon=3.0 if epsilon is None else epsilon, learning_rate=16.0, schedule="constant")
+    return replace(
+        run, learning_rate=8.0 if epsilon is not None and epsilon < 2 else 16.0, schedule="constant"
+    )
 
 
 @card(
