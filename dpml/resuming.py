@@ -88,12 +88,16 @@ def read_run(folder: str | os.PathLike[str]) -> DPSGDRun | PATERun:
     except CannotResume:
         raise
     except OSError as error:
-        raise CannotResume(
-            f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE}. A run that was killed before it was "
-            "written has released nothing: start it again in another folder."
-        ) from error
+        raise _no_record(path) from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CannotResume(f"{str(path / CONFIG_FILE)!r} is damaged: {error!s:.100}") from error
+
+
+def _no_record(path: Path) -> CannotResume:
+    return CannotResume(
+        f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE}. A run that was killed before it was "
+        "written has released nothing: start it again in another folder."
+    )
 
 
 def require_unfinished(path: Path) -> None:
@@ -126,5 +130,5 @@ def reopened(output: str | os.PathLike[str]) -> RunFolder:
     before_the_first_file = {f".{CONFIG_FILE}.tmp", CHECKPOINT_FOLDER}
     names = {item.name for item in path.iterdir()}
     if CONFIG_FILE not in names and names - before_the_first_file:
-        raise CannotResume(f"{str(path)!r} cannot be resumed: it has no {CONFIG_FILE}.")
+        raise _no_record(path)
     return RunFolder.reopen(path)
