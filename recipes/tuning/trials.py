@@ -15,7 +15,7 @@ from accounting import PrivacyAccountant, UserError
 from accounting.statement import PrivacyFacts, Risk, SelectionFacts, statement
 from dpml.config import DPSGDRun
 from dpml.data import LabeledData, load
-from dpml.dpsgd import run_dpsgd
+from dpml.dpsgd import model_name, run_dpsgd
 from dpml.features import features_of
 from dpml.outputs import events_record
 from dpml.randomness import Randomness
@@ -79,9 +79,11 @@ def tune(
             "A file of public examples that decide is for models of the examples themselves: leave out "
             "public_validation or features."
         )
+    data = load(base.dataset, classes=base.classes, image_size=base.size)
+    base = replace(base, model=model_name(base, data))
     # Features are computed once, for all trials; what is trained on is then a data set of features.
     configurations = candidates_of(replace(base, features="none"), candidates)
-    data = _seen(load(base.dataset, classes=base.classes, image_size=base.size), base)
+    data = _seen(data, base)
     if exempt_public_benchmark and not data.is_public_benchmark:
         raise UserError(
             f"Only a public benchmark can be exempt from the price of selection, and {data.name!r} is none: "

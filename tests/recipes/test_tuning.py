@@ -61,7 +61,8 @@ def test_trials_on_features_with_a_private_mean(tmp_path: Path, monkeypatch: pyt
     assert isinstance(result.planned, BestOfRuns)
     assert isinstance(result.planned.event, OneOf)
     assert training in result.planned.event.events
-    assert summary_in(tmp_path / "a")["config"]["features"] == "scattering"
+    config = summary_in(tmp_path / "a")["config"]
+    assert (config["features"], config["model"]) == ("scattering", "linear")
     assert "the mean of the inputs" in result.statement
     weights = safetensors.torch.load_file(tmp_path / "a" / "model.safetensors")
     assert weights["0.mean"].abs().sum() > 0
