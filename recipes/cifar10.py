@@ -93,6 +93,7 @@ def tramer2021_cnn(private: bool = True, epsilon: float | None = None) -> DPSGDR
     Their normalisation of groups of maps is replaced by scales from synthetic images and one group.
     """
     run = replace(dpsgd(private, epsilon), features="scattering", model="cnn", mean_noise=None)
+    run = replace(run, micro_batch_size=256)
     if not private:
         return replace(run, learning_rate=0.05)
     return replace(
