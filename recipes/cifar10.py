@@ -92,12 +92,15 @@ def tramer2021_cnn(private: bool = True, epsilon: float | None = None) -> DPSGDR
 
     Their normalisation of groups of maps is replaced by scales from synthetic images and one group.
     """
-    run = replace(dpsgd(private, epsilon), features="scattering", model="cnn", mean_noise=None)
-    run = replace(run, micro_batch_size=256)
-    if not private:
-        return replace(run, learning_rate=0.05)
+    rate = 0.05 if not private else 8.0 if epsilon is not None and epsilon < 2 else 16.0
     return replace(
-        run, learning_rate=8.0 if epsilon is not None and epsilon < 2 else 16.0, schedule="constant"
+        dpsgd(private, epsilon),
+        features="scattering",
+        model="cnn",
+        learning_rate=rate,
+        schedule="constant",
+        mean_noise=None,
+        micro_batch_size=256,
     )
 
 

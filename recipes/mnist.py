@@ -96,8 +96,8 @@ def tramer2021(private: bool = True) -> DPSGDRun:
 @card(reaches="TODO", cost="8 min on one core", source="docs/results/scattering-cnn.json")
 def tramer2021_cnn(private: bool = True) -> DPSGDRun:
     """Tramèr & Boneh 2021: a CNN on maps of scattering features, here the one that they have for CIFAR-10."""
-    run = replace(tramer2021(private), model="cnn", micro_batch_size=256)
-    return replace(run, learning_rate=8.0 if private else 0.05)
+    rate = 8.0 if private else 0.05
+    return replace(tramer2021(private), model="cnn", learning_rate=rate, micro_batch_size=256)
 
 
 @card(
