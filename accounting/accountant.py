@@ -222,6 +222,15 @@ class PrivacyAccountant:
             )
         return epsilon
 
+    def _judged(self, counts: Mapping[Atom, int], delta: float) -> float:
+        """ε by which a plan is judged: by the method, or by Rényi divergences where an event has no PLD."""
+        try:
+            return self._epsilon_of(counts, delta)
+        except UnsupportedEvent:
+            if self.method == "rdp":
+                raise
+            return renyi_epsilon(counts, delta)
+
     def _admit(self, event: Event) -> Rule | None:
         """The rule under which `event` would be admitted now, or None."""
         if not isinstance(event, Event):
@@ -238,7 +247,7 @@ class PrivacyAccountant:
         # PLD's bound is never above Rényi's, which is quicker.
         budget = self.budget
         fits = renyi_epsilon(counts, budget.delta) <= budget.epsilon
-        if fits or self._epsilon_of(counts, budget.delta) <= budget.epsilon:
+        if fits or self._judged(counts, budget.delta) <= budget.epsilon:
             return "one plan by PLD"
         return None
 
@@ -249,13 +258,13 @@ class PrivacyAccountant:
         together = merged(self._with(event))
         if self._rule == "one plan by PLD":
             reason = "it was given to one plan, judged by PLD, and nothing more may be admitted"
-            spent, asked = self.epsilon(budget.delta), self._epsilon_of(together, budget.delta)
+            spent, asked = (self._judged(counts, budget.delta) for counts in (self._counts(), together))
         elif self._rule == "Rényi filter":
             reason = "the Rényi filter over all plans refuses it"
             spent, asked = within.epsilon(self._counts()), within.epsilon(together)
         else:
             reason = "the plan alone costs more"
-            spent, asked = 0.0, self._epsilon_of(together, budget.delta)
+            spent, asked = 0.0, self._judged(together, budget.delta)
         return BudgetExceeded(budget, spent, event, asked, largest, reason)
 
 

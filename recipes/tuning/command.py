@@ -16,7 +16,7 @@ from recipes.tuning.plan import GEOMETRIC, TUNABLE
 
 _WISHES = ("epsilon", "delta", "noise_multiplier")
 _SETTINGS = (
-    *("dataset", "classes", "image_size", "device", "seed", "insecure_noise_seed"),
+    *("dataset", "classes", "image_size", "device", "seed", "insecure_noise_seed", "ledger"),
     *("neighboring_relation", "micro_batch_size", "workers"),
 )
 

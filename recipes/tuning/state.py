@@ -29,7 +29,7 @@ from dpml.randomness import Randomness
 from recipes.tuning.plan import TuningPlan
 
 FOLDER, FILE = "unreleased", "state.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,14 @@ class TuningState:
         picks: The candidate of each trial: K numbers, all drawn before the first trial.
         done: How many trials are finished.
         best: The best of these.
+        ledger_run: The id under which a ledger knows the selection; None without a ledger.
     """
 
     def __init__(self, folder: RunFolder, plan: dict[str, Any], picks: list[int]) -> None:
         self.folder, self._plan, self.picks = folder, plan, picks
         self.done = 0
         self.best: Best | None = None
+        self.ledger_run: str | None = None
 
     @classmethod
     @contextmanager
@@ -103,6 +105,7 @@ class TuningState:
             state = cls(RunFolder.reopen(path), data["about"], data["picks"])
             state.done = data["done"]
             state.best = None if data["best"] is None else Best(**data["best"])
+            state.ledger_run = data["ledger_run"]
             version = data["schema_version"]
             state._require_sense(len(wanted["plan"]["candidates"]))
         except FileNotFoundError:
@@ -146,7 +149,8 @@ class TuningState:
         """Raise ValueError unless these are trials, so many are done, and one of them is the best."""
         best = self.best
         picks = self.picks if best is None else [*self.picks, best.pick]
-        good = all(type(pick) is int and 0 <= pick < candidates for pick in picks)
+        good = self.ledger_run is None or isinstance(self.ledger_run, str)
+        good &= all(type(pick) is int and 0 <= pick < candidates for pick in picks)
         good &= type(self.done) is int and 0 <= self.done <= len(self.picks)
         if best is not None:
             good &= best.score is None or (type(best.score) in (int, float) and math.isfinite(best.score))
@@ -154,6 +158,11 @@ class TuningState:
             good &= isinstance(best.progress, list)
         if not good or (best is None) != (self.done == 0):
             raise ValueError("no state of a tuning run")
+
+    def reserved(self, ledger_run: str) -> None:
+        """Note the run in the ledger, before anything is committed to it."""
+        self.ledger_run = ledger_run
+        self._write()
 
     def delete(self) -> None:
         """Remove all of it: the winner is published."""
@@ -166,6 +175,7 @@ class TuningState:
             "picks": self.picks,
             "done": self.done,
             "best": None if self.best is None else asdict(self.best),
+            "ledger_run": self.ledger_run,
         }
         write_private(self.folder.path / FOLDER / FILE, json.dumps(data).encode())
 

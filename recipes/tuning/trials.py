@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch.utils.data import TensorDataset
 
-from accounting import PrivacyAccountant, UserError
+from accounting import BudgetExceeded, PrivacyAccountant, Reservation, UserError
+from accounting.budget import Receipt
 from accounting.statement import PrivacyFacts, Risk, SelectionFacts, statement
 from dpml.config import DPSGDRun
 from dpml.data import LabeledData, load
 from dpml.dpsgd import model_name, run_dpsgd
 from dpml.features import features_of
+from dpml.ledger import closed, in_summary, reserved, warn_of_look_alikes
 from dpml.outputs import events_record
+from dpml.planning import accountant_for
 from dpml.randomness import Randomness
 from dpml.registry import recipe_entry, recipe_run
 from dpml.report import TrainingResult
@@ -72,8 +77,8 @@ def tune(
         raise UserError(
             "Tuning logs no private figures: they would show other trials. Leave log_not_private out."
         )
-    if base.ledger is not None:
-        raise UserError("A ledger does not record tuning yet: leave ledger out.")
+    if base.ledger is not None and exempt_public_benchmark:
+        raise UserError("A ledger charges all that is released: leave out ledger or exempt_public_benchmark.")
     if base.features != "none" and public_validation is not None:
         raise UserError(
             "A file of public examples that decide is for models of the examples themselves: leave out "
@@ -82,7 +87,7 @@ def tune(
     data = load(base.dataset, classes=base.classes, image_size=base.size)
     base = replace(base, model=model_name(base, data))
     # Features are computed once, for all trials; what is trained on is then a data set of features.
-    configurations = candidates_of(replace(base, features="none"), candidates)
+    configurations = candidates_of(replace(base, features="none", ledger=None), candidates)
     data = _seen(data, base)
     if exempt_public_benchmark and not data.is_public_benchmark:
         raise UserError(
@@ -100,11 +105,12 @@ def tune(
     )
     for candidate in plan.candidates:
         _rehearse(candidate, split.data)
-    about = {"target_epsilon": epsilon, "data": repr(split.data), "score": split.words}
-    accountant = PrivacyAccountant(plan.method, budget=base.budget, neighboring_relation=plan.relation)
+    about = {"target_epsilon": epsilon, "data": repr(split.data), "score": split.words, "ledger": base.ledger}
+    accountant = accountant_for(replace(base, accountant=plan.method), plan.relation, None)
+    warn_of_look_alikes(accountant, TensorDataset(data.x_train))
     with (
         TuningState.opened(output, plan, about, _random(base, "trials")) as state,
-        accountant.reserve(plan.event) as reservation,
+        _reserved(accountant, plan, state) as reservation,
     ):
         reservation.commit_all()
         _write_events(state, plan, "running")
@@ -113,7 +119,22 @@ def tune(
         while state.done < len(state.picks):
             _run_trial(plan, split, state, base)
         winner = state.best or _nothing_drawn(plan, split.data, state)
-        return _publish(winner, plan, split, state, base, candidates)
+        return _publish(winner, plan, split, state, base, candidates, closed(reservation))
+
+
+@contextmanager
+def _reserved(accountant: PrivacyAccountant, plan: TuningPlan, state: TuningState) -> Iterator[Reservation]:
+    """Reserve the selection, or go on with what a ledger has of it. A refused one leaves no state."""
+    try:
+        reservation = reserved(accountant, plan.event, state.ledger_run)
+    except BudgetExceeded:
+        if state.ledger_run is None:
+            state.delete()
+        raise
+    with reservation:
+        if reservation.receipt is not None:
+            state.reserved(reservation.receipt.run_id)
+        yield reservation
 
 
 def complete(run: DPSGDRun | str, epsilon: float | None) -> DPSGDRun:
@@ -175,13 +196,14 @@ def _publish(
     state: TuningState,
     base: DPSGDRun,
     lists: Mapping[str, Sequence[Any]],
+    receipt: Receipt | None,
 ) -> TrainingResult:
     """Write what an ordinary run leaves, and delete the rest. Killed on the way, it starts over."""
     folder = state.folder
     model = _rehearse(plan.candidates[winner.pick], split.data).model  # of the same form
     safetensors.torch.load_model(model, folder.path / FOLDER / winner.weights)
-    summary = _summary(winner, plan, split, base, lists)
-    text = _statement(summary, plan, split)
+    summary = _summary(winner, plan, split, base, lists) | {"ledger": in_summary(receipt)}
+    text = _statement(summary, plan, split, receipt)
     summary["weights_sha256"] = folder.write_model("model.safetensors", model)
     _write_curves(folder.path, winner, summary)
     folder.write_text("statement.md", text)
@@ -207,6 +229,7 @@ def _summary(
         "insecure_noise_seed": base.insecure_noise_seed,
         "accountant": plan.method,
         "features": base.features,
+        "ledger": base.ledger,
     }
     if base.epsilon is not None:
         wish["noise_multiplier"] = None
@@ -255,7 +278,7 @@ def _words(
     }
 
 
-def _statement(summary: dict[str, Any], plan: TuningPlan, split: Split) -> str:
+def _statement(summary: dict[str, Any], plan: TuningPlan, split: Split, receipt: Receipt | None) -> str:
     selection = summary["selection"]
     copied = (
         "dataset status epsilon epsilon_lower epsilon_spent delta accountant noise_multiplier clip_norm "
@@ -271,6 +294,7 @@ def _statement(summary: dict[str, Any], plan: TuningPlan, split: Split) -> str:
             not_private_logs=False,
             clip_quantile=summary["config"]["clip_quantile"],
             mean_noise=summary["config"]["mean_noise"],
+            ledger=receipt,
             selection=SelectionFacts(
                 **{name: selection[name] for name in ("charged", "epsilon_of_one")}, **selection["words"]
             ),
