@@ -93,7 +93,11 @@ def tramer2021(private: bool = True) -> DPSGDRun:
     return replace(run, clip_norm=0.1) if private else run
 
 
-@card(reaches="TODO", cost="8 min on one core", source="docs/results/scattering-cnn.json")
+@card(
+    reaches="98.9 % at ε = 3 (ours)",
+    cost="8 min on one core",
+    source="docs/results/mnist-scattering-cnn.json",
+)
 def tramer2021_cnn(private: bool = True) -> DPSGDRun:
     """Tramèr & Boneh 2021: a CNN on maps of scattering features, here the one that they have for CIFAR-10."""
     rate = 8.0 if private else 0.05
