@@ -332,8 +332,8 @@ def test_the_command_trains_on_features(call: Call, tmp_path: Path, own_cache: P
 @pytest.mark.parametrize("centred", ["", "--mean-noise 0.5"])
 def test_a_cnn_trains_on_maps_of_features(call: Call, tmp_path: Path, centred: str) -> None:
     line = (
-        f"train dpsgd --dataset {striped(tmp_path, 3)} --features scattering --model cnn --noise-multiplier 0.1 "
-        f"--delta 1e-3 --epochs 8 --batch-size 60 --clip-norm 0.1 --learning-rate 20 {centred} "
+        f"train dpsgd --dataset {striped(tmp_path, 3)} --features scattering --model cnn "
+        f"--noise-multiplier 0.1 --delta 1e-3 --epochs 8 --batch-size 60 --clip-norm 0.1 --learning-rate 20 {centred} "
         f"--output {tmp_path / 'run'}"
     )
     outcome = call(line)
