@@ -333,8 +333,8 @@ def test_the_command_trains_on_features(call: Call, tmp_path: Path, own_cache: P
 def test_a_cnn_trains_on_maps_of_features(call: Call, tmp_path: Path, centred: str) -> None:
     line = (
         f"train dpsgd --dataset {striped(tmp_path, 3)} --features scattering --model cnn "
-        f"--noise-multiplier 0.1 --delta 1e-3 --epochs 8 --batch-size 60 --clip-norm 0.1 --learning-rate 20 {centred} "
-        f"--output {tmp_path / 'run'}"
+        f"--noise-multiplier 0.1 --delta 1e-3 --epochs 8 --batch-size 60 --clip-norm 0.1 "
+        f"--learning-rate 20 {centred} --output {tmp_path / 'run'}"
     )
     outcome = call(line)
     assert outcome.status == 0
