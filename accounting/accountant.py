@@ -214,22 +214,14 @@ class PrivacyAccountant:
         delta = _check_delta(delta)
         if self.method == "pld":
             return pld.epsilon_bounds(counts, delta, self.tolerance)[1]
-        epsilon = renyi_epsilon(counts, delta)
-        if math.isinf(epsilon) and Atom.NON_PRIVATE not in counts:
-            odd = next(atom for atom in counts if math.isinf(renyi_epsilon({atom: 1}, 0.5)))
-            raise UnsupportedEvent(
-                f'{odd.mechanism!s:.80} has no finite Rényi divergence; use PrivacyAccountant(method="pld").'
-            )
-        return epsilon
+        return _finite_renyi_epsilon(counts, delta)
 
     def _judged(self, counts: Mapping[Atom, int], delta: float) -> float:
         """ε by which a plan is judged: by the method, or by Rényi divergences where an event has no PLD."""
         try:
             return self._epsilon_of(counts, delta)
         except UnsupportedEvent:
-            if self.method == "rdp":
-                raise
-            return renyi_epsilon(counts, delta)
+            return _finite_renyi_epsilon(counts, delta)
 
     def _admit(self, event: Event) -> Rule | None:
         """The rule under which `event` would be admitted now, or None."""
@@ -378,6 +370,17 @@ def part_of(plan: Event, counts: Sequence[int]) -> Event:
         return plan
     parts = [Repeated(event, count) for event, count in zip(planned, counts, strict=True)]
     return parts[0] if len(parts) == 1 else Composed(parts)
+
+
+def _finite_renyi_epsilon(counts: Mapping[Atom, int], delta: float) -> float:
+    """Raises UnsupportedEvent for an event that has no finite Rényi divergence."""
+    epsilon = renyi_epsilon(counts, delta)
+    if math.isinf(epsilon) and Atom.NON_PRIVATE not in counts:
+        odd = next(atom for atom in counts if math.isinf(renyi_epsilon({atom: 1}, 0.5)))
+        raise UnsupportedEvent(
+            f'{odd.mechanism!s:.80} has no finite Rényi divergence; use PrivacyAccountant(method="pld").'
+        )
+    return epsilon
 
 
 def _check_delta(delta: float) -> float:

@@ -9,7 +9,6 @@ from typing import Any
 
 from accounting.accountant import PrivacyAccountant, Rule, kinds, part_of
 from accounting.budget import PrivacyBudget
-from accounting.errors import UnsupportedEvent
 from accounting.events import Event, NeighboringRelation, check_relation
 from accounting.filter import RenyiFilter
 from accounting.ledger.file import Entry
@@ -125,12 +124,7 @@ class DataSet:
     def epsilon_fixed_in_advance(self) -> float:
         """ε of all that the budget is charged with, if all of it had been planned in advance."""
         accountant = self.accountant()
-        try:
-            return accountant.epsilon(self.budget.delta)
-        except UnsupportedEvent:  # a sanitised release of PATE has Rényi divergences alone
-            other = PrivacyAccountant("rdp", neighboring_relation=self.relation)
-            other.record(accountant.event)
-            return other.epsilon(self.budget.delta)
+        return accountant._judged(accountant._counts(), self.budget.delta)
 
     def _epsilon(self, *, released: bool) -> float:
         accountant = self.accountant(released=released)

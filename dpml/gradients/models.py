@@ -25,7 +25,7 @@ from dpml.gradients.engine import (
     example_losses,
     trainable_parameters,
 )
-from dpml.gradients.rules import RULES
+from dpml.gradients.rules import SHIPPED
 
 
 def require_trainable(model: nn.Module, example: object = None, engine: Engine | None = None) -> None:
@@ -128,7 +128,7 @@ def _problem(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
         return "rescales the weights of the records that it sees, without noise; leave out max_norm"
     trainable = any(p.requires_grad for p in layer.parameters(recurse=False))
-    if trainable and type(layer) not in RULES and not _valid_by_opacus(layer):
+    if trainable and type(layer) not in SHIPPED and not _valid_by_opacus(layer):
         return (
             "cannot be trained with per-example gradients; pass fix_model=True to have it replaced, or "
             "choose another layer"

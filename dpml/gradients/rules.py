@@ -215,3 +215,7 @@ def _again(layer: nn.Module, x: Tensor, g: Tensor, views: int) -> Sequence[PerEx
 
     rows = torch.func.vmap(single, randomness="error")(x, g)
     return [Rows(tuple(rows), [_views_summed(t.detach(), views) for t in rows.values()])]
+
+
+SHIPPED = frozenset(RULES)
+"""The layers whose rules come with dpml: about these Opacus need not be asked."""

@@ -33,6 +33,7 @@ import dpml
 from accounting import PrivacyBudget, Reservation
 from accounting.ledger import Ledger
 from dpml.checkpoint import Checkpoint
+from dpml.dpsgd import model_name
 from dpml.features import features_of
 from dpml.noise import GaussianNoise
 from recipes import cifar10, digits, mnist
@@ -50,9 +51,8 @@ def cases() -> dict[str, Case]:
         names = dpml.DPSGDConfig.__dataclass_fields__
         settings = {k: v for k, v in vars(run).items() if k in names}
         settings |= {"epochs": epochs, "epsilon": None, "noise_multiplier": 2.0, "delta": 1e-5}
-        model = "cnn" if run.model == "auto" else run.model
         return (
-            lambda: dpml.build(model, tuple(x.shape[1:]), data.classes),
+            lambda: dpml.build(model_name(run, data), tuple(x.shape[1:]), data.classes),
             TensorDataset(x, data.y_train),
             dpml.DPSGDConfig(**settings),
         )
@@ -130,10 +130,10 @@ def main(rounds: int, save: Path | None) -> None:
         name: {key: _summary([row[key] for row in runs]) for key in runs[0]} for name, runs in rows.items()
     }
     for name, row in table.items():
-        cost = ", ".join(
-            f"{key} {m:.2%} ({low:.2%} to {high:.2%})" for key, (m, low, high) in row.items() if key[0] != "m"
-        )
-        click.echo(f"{name}: {row['ms a step'][0]:.2f} ms a step; {cost}")
+        milliseconds, _, _ = row["ms a step"]
+        costs = {key: values for key, values in row.items() if key != "ms a step"}
+        words = (f"{key} {m:.2%} ({low:.2%} to {high:.2%})" for key, (m, low, high) in costs.items())
+        click.echo(f"{name}: {milliseconds:.2f} ms a step; {', '.join(words)}")
     if save is not None:
         record = {
             "command": f"python tests/benchmarks/safety.py --rounds {rounds}",

@@ -17,12 +17,23 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-from tuning_checks import FILES, Observation, check, check_folder, observe, oracle_epsilon, watch
+from tuning_checks import (
+    FILES,
+    Observation,
+    check,
+    check_folder,
+    killed_at_each_write,
+    observe,
+    oracle_epsilon,
+    own_run,
+    watch,
+)
 
 from accounting import BestOfRuns, Gaussian, OneOf, PrivacyAccountant
 from dpml import models
 from dpml.config import DPSGDRun
 from dpml.planning import SamplingPlan
+from dpml.report import TrainingResult
 from recipes.tuning import state, trials, tune
 from recipes.tuning.plan import candidates_of, make_plan
 
@@ -31,11 +42,6 @@ DIGITS = (
     "tune dpsgd-digits --epochs 4 --delta 1e-5 --noise-multiplier 6 --learning-rate 0.1,0.3,1 --mean-trials 6"
 )
 OWN = "tune dpsgd-digits --model linear --epochs 0.5 --batch-size 15 --delta 1e-3 --learning-rate 0.1,1"
-
-
-def own_run(data: Path, **changed: Any) -> DPSGDRun:
-    settings = {"delta": 1e-3, "noise_multiplier": 3.0, "model": "linear", "epochs": 0.5, "batch_size": 15}
-    return DPSGDRun(**{"dataset": str(data), "insecure_noise_seed": 23, **settings, **changed})
 
 
 def summary_in(folder: Path) -> dict[str, Any]:
@@ -194,50 +200,36 @@ def test_a_diverged_trial_is_the_worst(
 # ---------------------------------------------------------------- killed, and started again
 
 
-class Killed(BaseException):
-    """In place of a signal that cannot be caught."""
-
-
 def test_killed_at_any_write_it_goes_on_with_the_trials_that_are_missing(
     own_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, replaced = tmp_path / "a", Path.replace
+    folder, drawn = tmp_path / "a", []
     seen = Observation(folder)
     watch(seen, monkeypatch)
-    drawn, left, wait = [], 1, 1
 
-    def killing(self: Path, target: Any) -> Path:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Killed
-        return replaced(self, target)
+    def attempt() -> TrainingResult:
+        return tune(
+            own_run(own_data),
+            folder,
+            candidates={"learning_rate": [0.1, 1.0]},
+            delta=1e-3,
+            noise_multiplier=3.0,
+            mean_trials=4,
+        )
 
-    monkeypatch.setattr(Path, "replace", killing)
-    while True:
-        left = wait
-        try:
-            seen.result = tune(
-                own_run(own_data),
-                folder,
-                candidates={"learning_rate": [0.1, 1.0]},
-                delta=1e-3,
-                noise_multiplier=3.0,
-                mean_trials=4,
-            )
-            break
-        except Killed:
-            wait += 1  # a little further each time, or it would never end
-            path = folder / state.FOLDER / state.FILE
-            if path.exists():
-                data = json.loads(path.read_text("utf-8"))
-                drawn.append(data["picks"])
-                assert data["done"] <= len(data["picks"])
-                assert path.stat().st_mode & 0o777 == 0o600
-                assert path.parent.stat().st_mode & 0o777 == 0o700
-                for weights in path.parent.glob("*.safetensors"):
-                    assert weights.stat().st_mode & 0o077 == 0
-    assert wait > 4
+    def look() -> None:
+        path = folder / state.FOLDER / state.FILE
+        if path.exists():
+            data = json.loads(path.read_text("utf-8"))
+            drawn.append(data["picks"])
+            assert data["done"] <= len(data["picks"])
+            assert path.stat().st_mode & 0o777 == 0o600
+            assert path.parent.stat().st_mode & 0o777 == 0o700
+            for weights in path.parent.glob("*.safetensors"):
+                assert weights.stat().st_mode & 0o077 == 0
+
+    seen.result, attempts = killed_at_each_write(monkeypatch, attempt, look)
+    assert attempts > 4
     assert all(picks == drawn[0] for picks in drawn)
     assert len(seen.scores) == len(drawn[0])  # each was compared once, whatever was cut short
     check_folder(seen)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tuning_checks import killed_at_each_write, own_run
 
 from accounting import BestOfRuns, BudgetExceeded, PrivacyBudget
 from accounting.ledger import Ledger
-from dpml.config import DPSGDRun
 from recipes.tuning import state, tune
 
 Call = Callable[..., Any]
@@ -37,17 +37,10 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ledger:
     return made
 
 
-def own_run(data: Path, **changed: Any) -> DPSGDRun:
-    settings = {"delta": 1e-3, "noise_multiplier": 3.0, "model": "linear", "epochs": 0.5, "batch_size": 15}
-    return DPSGDRun(
-        **{"dataset": str(data), "insecure_noise_seed": 23, "ledger": "patients", **settings, **changed}
-    )
-
-
 def test_a_selection_is_recorded_and_says_so(
     ledger: Ledger, own_data: Path, tmp_path: Path, call: Call
 ) -> None:
-    result = tune(own_run(own_data), tmp_path / "a", **SETTINGS)
+    result = tune(own_run(own_data, ledger="patients"), tmp_path / "a", **SETTINGS)
     [run] = ledger.data_set("patients").runs.values()
     assert isinstance(run.plan, BestOfRuns)
     assert run.plan == result.planned
@@ -83,25 +76,14 @@ def test_what_the_budget_does_not_pay_for_is_refused(ledger: Ledger, own_data: P
         tune(own_run(own_data, ledger="few"), tmp_path / "a", **SETTINGS)
     assert ledger.data_set("few").runs == {}
     assert list((tmp_path / "a").iterdir()) == []  # so that other settings can be tried there
-    assert tune(own_run(own_data), tmp_path / "a", **SETTINGS).status == "completed"
-
-
-class Killed(BaseException):
-    """In place of a signal that cannot be caught."""
+    assert tune(own_run(own_data, ledger="patients"), tmp_path / "a", **SETTINGS).status == "completed"
 
 
 def test_killed_at_any_write_it_is_paid_for_once(
     ledger: Ledger, own_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And before the first trial: the ledger has the whole plan as soon as one has begun."""
-    replaced, wait, left, begun = Path.replace, 1, 1, 0
-
-    def killing(self: Path, target: Any) -> Path:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Killed
-        return replaced(self, target)
+    begun = 0
 
     def paid() -> None:
         nonlocal begun
@@ -109,15 +91,11 @@ def test_killed_at_any_write_it_is_paid_for_once(
         assert run.counted == run.plan
         begun += 1
 
-    monkeypatch.setattr(Path, "replace", killing)
-    while True:
-        left = wait
-        try:
-            result = tune(own_run(own_data), tmp_path / "a", started=paid, **SETTINGS)
-            break
-        except Killed:
-            wait += 1
-    assert wait > 5
+    result, attempts = killed_at_each_write(
+        monkeypatch,
+        lambda: tune(own_run(own_data, ledger="patients"), tmp_path / "a", started=paid, **SETTINGS),
+    )
+    assert attempts > 5
     assert begun > 2
     charged = [run for run in ledger.data_set("patients").runs.values() if run.counted == run.plan]
     assert [run.run_id for run in charged] == [result.summary["ledger"]["run_id"]]

@@ -7,8 +7,10 @@ what lies in the folder afterwards. `check` compares that with the event in `pri
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from accounting import BestOfRuns, Event, Gaussian, OneOf, Repeated
 from accounting.statement import Risk
+from dpml.config import DPSGDRun
 from dpml.outputs import read_events
 from dpml.randomness import Randomness
 from dpml.report import TrainingResult
@@ -57,6 +60,42 @@ class Observation:
     picks: list[int] = field(default_factory=list)
     plan: Any = None
     result: Any = None
+
+
+def own_run(data: Path, **changed: Any) -> DPSGDRun:
+    """A small run with known noise."""
+    settings = {"delta": 1e-3, "noise_multiplier": 3.0, "model": "linear", "epochs": 0.5, "batch_size": 15}
+    return DPSGDRun(**{"dataset": str(data), "insecure_noise_seed": 23, **settings, **changed})
+
+
+class Killed(BaseException):
+    """In place of a signal that cannot be caught."""
+
+
+def killed_at_each_write(
+    patch: pytest.MonkeyPatch, attempt: Callable[[], Any], killed: Callable[[], None] = lambda: None
+) -> tuple[Any, int]:
+    """Attempt again and again, each time stopped one file later, until it ends: its result, and how often.
+
+    A little further each time, or it would never end. `killed` is called after each stop.
+    """
+    replaced, left = Path.replace, 1
+
+    def killing(self: Path, target: Any) -> Path:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        return replaced(self, target)
+
+    patch.setattr(Path, "replace", killing)
+    for attempts in itertools.count(1):
+        left = attempts
+        try:
+            return attempt(), attempts
+        except Killed:
+            killed()
+    raise AssertionError
 
 
 def observe(run: Any, folder: Path, **settings: Any) -> Observation:
